@@ -1,0 +1,1 @@
+"""A value per rank: tensors, ints, and how to take them apart. Knows nothing about worlds."""

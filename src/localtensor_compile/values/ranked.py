@@ -1,0 +1,138 @@
+"""{rank: value} -> one value, and back. The only place that knows how to pick and to combine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import SymBool, SymFloat, SymInt, Tensor
+from torch.utils import _pytree as pytree
+
+from .._torch import AsyncCollectiveTensor
+from ..errors import RankDivergence, per_rank_text
+from .int_node import is_ranked, make_bool, make_float, make_int
+from .tensor import LocalTensor, _checked_shards, _wrap
+
+
+def per_rank_values(value: Any) -> Mapping[int, Any] | None:
+    """{rank: value} of a LocalTensor or per-rank number, or None for what all ranks share.
+
+    `tensor op SymInt` arrives as a 0-dim tensor that carries the SymInt as `_wrapped_number`.
+    """
+    if isinstance(value, LocalTensor):
+        return value._local_tensors
+    if is_ranked(value):
+        return value.node._values
+    if type(value) is Tensor:
+        number = getattr(value, "_wrapped_number", None)
+        if number is not None and is_ranked(number):
+            return number.node._values
+    return None
+
+
+def pick(value: Any, rank: int) -> Any:
+    """What `rank` sees of a leaf value."""
+    if isinstance(value, AsyncCollectiveTensor):
+        value = value.wait()
+    values = per_rank_values(value)
+    if values is None:
+        return value
+    if rank not in values:
+        raise RankDivergence(
+            f"a value of ranks {sorted(values)} is used where rank {rank} takes part. Combine only "
+            "values of one set of ranks."
+        )
+    return values[rank]
+
+
+def pick_tree(tree: Any, rank: int) -> Any:
+    """What `rank` sees of a nested structure."""
+    return pytree.tree_map(lambda leaf: pick(leaf, rank), tree)
+
+
+def ranks_of(tree: Any) -> tuple[int, ...] | None:
+    """The ranks of the per-rank values in a nested structure, or None where it holds none."""
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, AsyncCollectiveTensor):
+            leaf = leaf.wait()
+        values = per_rank_values(leaf)
+        if values is not None:
+            return tuple(values)
+    return None
+
+
+def combine(results: Mapping[int, Any], what: str = "a call that ran once per rank") -> Any:
+    """{rank: result} as one result: tensors become LocalTensors, numbers per-rank numbers.
+
+    Args:
+        results: rank -> result, in rank order.
+        what: names the call in error messages.
+
+    Raises:
+        RankDivergence: results of different types, lists of different lengths, or values other
+            than tensors and numbers that differ.
+    """
+    first = next(iter(results.values()))
+    if isinstance(first, Tensor):
+        _require_same_type(results, Tensor, what)
+        return _wrap(_checked_shards(results))
+    if first is None:
+        _require_same_type(results, type(None), what)
+        return None
+    if isinstance(first, (bool, SymBool)):
+        _require_same_type(results, (bool, SymBool), what)
+        if all(isinstance(v, bool) for v in results.values()):
+            return _one_value(results, what)
+        return make_bool(results)
+    if isinstance(first, (int, SymInt)):
+        _require_same_type(results, (int, SymInt), what)
+        return make_int(results)
+    if isinstance(first, (float, SymFloat)):
+        _require_same_type(results, (float, SymFloat), what)
+        return make_float(results)
+    if isinstance(first, (list, tuple)):
+        _require_same_type(results, type(first), what)
+        lengths = {r: len(v) for r, v in results.items()}
+        if len(set(lengths.values())) > 1:
+            raise RankDivergence(
+                f"{what} returned sequences of different lengths: {per_rank_text(lengths)}. One "
+                "program cannot hold a list of several lengths: do the part that needs them inside "
+                "rank_map, tensor_map or @maybe_run_for_local_tensor."
+            )
+        items = [combine({r: v[i] for r, v in results.items()}, what) for i in range(len(first))]
+        if hasattr(first, "_fields"):
+            return type(first)(*items)
+        return torch.Size(items) if isinstance(first, torch.Size) else type(first)(items)
+    if isinstance(first, dict):
+        _require_same_type(results, dict, what)
+        keys = {r: tuple(v) for r, v in results.items()}
+        if len(set(keys.values())) > 1:
+            raise RankDivergence(
+                f"{what} returned dicts with different keys: {per_rank_text(keys)}. Return the "
+                "same keys on every rank."
+            )
+        return {k: combine({r: v[k] for r, v in results.items()}, what) for k in first}
+    return _one_value(results, what)
+
+
+def _require_same_type(results: Mapping[int, Any], expected: Any, what: str) -> None:
+    if not all(isinstance(v, expected) for v in results.values()):
+        names = {r: type(v).__name__ for r, v in results.items()}
+        raise RankDivergence(
+            f"{what} returned values of different types: {per_rank_text(names)}. Return the same "
+            "type on every rank."
+        )
+
+
+def _one_value(results: Mapping[int, Any], what: str) -> Any:
+    it = iter(results.values())
+    first = next(it)
+    if all(v == first for v in it):
+        return first
+    raise RankDivergence(
+        f"{what} gave a {type(first).__name__} that the ranks disagree about: "
+        f"{per_rank_text(results)}. One program cannot go on with several values here: compute "
+        "with tensors (torch.where), or do the part that needs the value inside rank_map, "
+        "tensor_map or @maybe_run_for_local_tensor."
+    )

@@ -1,0 +1,419 @@
+"""LocalTensor: one tensor per simulated rank behind one tensor.
+
+A wrapper subclass without behaviour of its own: ops go to the handlers in op_table, one per op.
+Sizes, strides and storage offset come from the shards' Python attributes, never from ops run on
+them: running ops there corrupts functionalization.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+
+from .._torch import (
+    AsyncCollectiveTensor,
+    FakeTensor,
+    FunctionalTensor,
+    disable_dynamo,
+    mark_constructor_exportable,
+)
+from ..errors import RankDivergence, ShardError, UnsupportedError, per_rank_text
+from .int_node import LocalIntNode, LocalNode, make_int
+from .op_table import _chosen, handler_of
+
+_PREFIX = "_local_tensor_"
+
+# Tensor types that may be a shard.
+_SHARD_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor)
+_NO_KEYS = DispatchKeySet.from_raw_repr(0)
+
+
+class LocalTensor(Tensor):
+    """A tensor distributed over simulated ranks: holds the local shard of each.
+
+    An op on LocalTensors runs on the shards of every rank; a collective combines them as real
+    processes would. Where all shards have the same size, `shape` is that size; a dimension in
+    which they differ is a `torch.SymInt` with a value per rank. Autograd works on the LocalTensor,
+    not on its shards.
+
+    Args:
+        local_tensors: global rank -> that rank's shard. Shards agree in dtype, device, layout and
+            number of dimensions; sizes, strides and storage offsets may differ.
+        requires_grad: whether autograd records operations on the LocalTensor.
+
+    Raises:
+        ShardError: no ranks, a rank that is no non-negative int, a shard that is no tensor, is a
+            LocalTensor itself, is of an unknown tensor subclass or requires grad, or shards that
+            disagree in dtype, device, layout, number of dimensions or conj/neg bit.
+    """
+
+    _local_tensors: dict[int, Tensor]
+    _ranks: frozenset[int]
+    _size: tuple[Any, ...]
+    _stride: tuple[Any, ...]
+
+    @staticmethod
+    @disable_dynamo
+    def __new__(
+        cls,
+        local_tensors: Mapping[int, Tensor],
+        requires_grad: bool = False,
+    ) -> LocalTensor:
+        return _wrap(_checked_shards(local_tensors), requires_grad)
+
+    @disable_dynamo
+    @mark_constructor_exportable
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    # ---- the protocol of traceable wrapper subclasses
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[int, ...]]:
+        """One attribute per rank, in rank order, and the ranks as constant metadata."""
+        ranks = tuple(self._local_tensors)
+        return [f"{_PREFIX}{r}" for r in ranks], ranks
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner_tensors: Mapping[str, Tensor],
+        flatten_spec: tuple[int, ...],
+        outer_size: Any,
+        outer_stride: Any,
+    ) -> LocalTensor:
+        """Sizes are those of the shards; `outer_size` only tells which symbols stand for them."""
+        result = _wrap({r: inner_tensors[f"{_PREFIX}{r}"] for r in flatten_spec})
+        if outer_size is not None:
+            mine_all = (*result._size, *result._stride)
+            for mine, outer in zip(mine_all, (*outer_size, *outer_stride)):
+                if (
+                    isinstance(mine, torch.SymInt)
+                    and isinstance(mine.node, LocalIntNode)
+                    and isinstance(outer, torch.SymInt)
+                    and not isinstance(outer.node, LocalNode)
+                ):
+                    mine.node._outer_expr = outer.node.expr
+        return result
+
+    def __coerce_same_metadata_as_tangent__(
+        self, metadata: Any, expected_type: type | None = None
+    ) -> LocalTensor | None:
+        return self if expected_type is None or expected_type is LocalTensor else None
+
+    def __coerce_tangent_metadata__(self) -> LocalTensor:
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    @disable_dynamo
+    def __torch_dispatch__(
+        cls,
+        func: Any,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        for t in types:
+            if t is not cls and t not in _SHARD_TYPES:
+                return _defer(func, types, args, kwargs or {})
+        handler = _chosen.get(func)
+        if handler is None:
+            handler = handler_of(func)
+        return handler(func, args, kwargs or {})
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only when normal lookup failed.
+        if name.startswith(_PREFIX):
+            rank = name[len(_PREFIX) :]
+            if rank.isdecimal() and int(rank) in self._ranks:
+                return self._local_tensors[int(rank)]
+            raise AttributeError(
+                f"this LocalTensor holds no shard of rank {rank}, only of ranks "
+                f"{list(self._local_tensors)}"
+            )
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    # ---- looking at values
+    def reconcile(self) -> Tensor:
+        """One ordinary tensor: a detached copy of the shard that all ranks have in common.
+
+        Raises:
+            RankDivergence: the shards differ.
+        """
+        self._require_equal("reconcile()")
+        result = next(iter(self._local_tensors.values())).detach().clone()
+        return result.requires_grad_(self.requires_grad)
+
+    def _require_equal(self, caller: str) -> None:
+        """Raise RankDivergence unless all shards are equal (NaN equals NaN)."""
+        shards = iter(self._local_tensors.items())
+        first_rank, first = next(shards)
+        for rank, shard in shards:
+            if _same_values(first, shard):
+                continue
+            if first.shape != shard.shape:
+                found = f"shape {tuple(first.shape)} on rank {first_rank} and "
+                found += f"{tuple(shard.shape)} on rank {rank}"
+            elif first.numel() <= 4:
+                values = {r: t.tolist() for r, t in self._local_tensors.items()}
+                found = per_rank_text(values)
+            else:
+                found = f"rank {rank} differs from rank {first_rank}"
+            raise RankDivergence(
+                f"{caller} needs the same value on every rank, but the shards differ: {found}. "
+                "Look at one rank's shard with tensor_map, or make the ranks agree first, e.g. "
+                "with an all_gather or all_reduce."
+            )
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The numpy array of the shard that all ranks share. Raises RankDivergence as reconcile."""
+        self._require_equal("numpy()")
+        return self.reconcile().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The value as (nested) Python lists; numbers that differ per rank as per-rank SymInts.
+
+        Raises:
+            RankDivergence: the shards differ in shape, or in values that are not integers.
+        """
+        shards = self._local_tensors
+        first = next(iter(shards.values()))
+        if all(_same_values(first, t) for t in shards.values()):
+            return first.tolist()
+        integral = not (
+            first.is_floating_point() or first.is_complex() or first.dtype == torch.bool
+        )
+        if integral and all(t.shape == first.shape for t in shards.values()):
+            return _zip_lists({r: t.tolist() for r, t in shards.items()})
+        self._require_equal("tolist()")
+        raise AssertionError("unreachable")  # the shards differ, so the line above raises
+
+    def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
+        """Whether the shards of all ranks are contiguous."""
+        return all(
+            t.is_contiguous(memory_format=memory_format) for t in self._local_tensors.values()
+        )
+
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        """Itself where all shards are contiguous, else a copy on every rank."""
+        if self.is_contiguous(memory_format=memory_format):
+            return self
+        return self.clone(memory_format=memory_format)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        shards = ",\n".join(f"  {r}: {t}" for r, t in self._local_tensors.items())
+        grad = ""
+        if self.requires_grad:
+            grad = (
+                f", grad_fn=<{type(self.grad_fn).__name__}>"
+                if self.grad_fn
+                else ", requires_grad=True"
+            )
+        return f"LocalTensor(\n{shards}{grad}\n)"
+
+    # ---- copying and saving
+    def __deepcopy__(self, memo: dict[int, Any]) -> LocalTensor:
+        if id(self) in memo:
+            return memo[id(self)]
+        if not self.is_leaf:
+            raise RuntimeError(
+                "Only Tensors created explicitly by the user (graph leaves) support the deepcopy "
+                "protocol at the moment. Detach the LocalTensor first."
+            )
+        shards = {r: copy.deepcopy(t, memo) for r, t in self._local_tensors.items()}
+        result = _wrap(shards, self.requires_grad)
+        memo[id(self)] = result
+        if self.grad is not None:
+            result.grad = copy.deepcopy(self.grad, memo)
+        for name, value in self.__dict__.items():
+            if name not in _OWN_ATTRIBUTES:
+                result.__dict__[name] = copy.deepcopy(value, memo)
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        extra = {k: v for k, v in self.__dict__.items() if k not in _OWN_ATTRIBUTES}
+        return _rebuild, (dict(self._local_tensors), self.requires_grad, extra)
+
+    def _sync_meta(self) -> None:
+        """Take size, stride and offset from the shards again, after an op changed them in place."""
+        fresh = _wrap(self._local_tensors)
+        with torch._C._DisableTorchDispatch():
+            torch._C.TensorBase.data.__set__(self, fresh)
+        self._size, self._stride = fresh._size, fresh._stride
+
+
+_OWN_ATTRIBUTES = ("_local_tensors", "_ranks", "_size", "_stride")
+
+
+def _rebuild(shards: dict[int, Tensor], requires_grad: bool, extra: dict[str, Any]) -> LocalTensor:
+    result = _wrap(_checked_shards(shards), requires_grad)
+    result.__dict__.update(extra)
+    return result
+
+
+def _defer(func: Any, types: tuple[type, ...], args: Any, kwargs: Any) -> Any:
+    """Give the other tensor subclass in the call its turn, and explain when it takes none."""
+    for other in types:
+        if other is LocalTensor or other in _SHARD_TYPES:
+            continue
+        result = other.__torch_dispatch__(func, types, args, kwargs)  # type: ignore[attr-defined]
+        if result is not NotImplemented:
+            return result
+    names = sorted({t.__name__ for t in types if t is not LocalTensor and t not in _SHARD_TYPES})
+    raise UnsupportedError(
+        f"{func} got a LocalTensor together with {', '.join(names)}, and neither knows the other. "
+        f"Make a LocalTensor of plain tensors and put it inside {names[0]}, or convert "
+        f"the {names[0]} to a plain tensor first."
+    )
+
+
+def _checked_shards(local_tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Rank -> shard in rank order, after every check that ops on good shards need not repeat."""
+    if not local_tensors:
+        raise ShardError(
+            "LocalTensor needs the shard of at least one rank, but got none. "
+            "Give it a dict {rank: tensor}."
+        )
+    bad_ranks = [r for r in local_tensors if not isinstance(r, int) or isinstance(r, bool) or r < 0]
+    if bad_ranks:
+        raise ShardError(f"ranks are ints from 0 up, but LocalTensor got {bad_ranks!r}.")
+    shards: dict[int, Tensor] = {}
+    for rank in sorted(local_tensors):
+        shard = local_tensors[rank]
+        if isinstance(shard, AsyncCollectiveTensor):
+            shard = shard.wait()
+        if isinstance(shard, LocalTensor):
+            raise ShardError(
+                f"the shard of rank {rank} is a LocalTensor itself (of ranks "
+                f"{list(shard._local_tensors)}). A LocalTensor holds plain tensors: inside "
+                "LocalTensorMode factories make LocalTensors, so build shards with "
+                "rank_map(lambda rank: ...) or under mode.disable()."
+            )
+        if not isinstance(shard, Tensor):
+            raise ShardError(
+                f"the shard of rank {rank} is no tensor but {type(shard).__name__}. "
+                "Wrap numbers with torch.tensor(...)."
+            )
+        if type(shard) not in _SHARD_TYPES:
+            raise ShardError(
+                f"the shard of rank {rank} is of the tensor subclass {type(shard).__name__}, which "
+                "LocalTensor does not know how to run per rank. Put the LocalTensor inside "
+                f"{type(shard).__name__} instead, or convert the shard to a plain tensor."
+            )
+        if shard.requires_grad:
+            raise ShardError(
+                f"the shard of rank {rank} requires grad. Autograd works on the LocalTensor, not "
+                "on its shards: detach the shards and pass LocalTensor(..., requires_grad=True)."
+            )
+        shards[rank] = shard
+    return shards
+
+
+def _wrap(shards: dict[int, Tensor], requires_grad: bool = False) -> LocalTensor:
+    """A LocalTensor of shards that are known to be plain tensors, in rank order.
+
+    Raises:
+        ShardError: the shards disagree in dtype, device, layout, dimensions or conj/neg bit.
+    """
+    it = iter(shards.values())
+    first = next(it)
+    dtype, device, layout, keys = first.dtype, first.device, first.layout, _extra_keys(first)
+    if type(first) is Tensor:
+        shape, stride, offset = first.shape, first.stride(), first.storage_offset()
+        even = True
+        for t in it:
+            if t.dtype is not dtype or t.device != device or t.layout is not layout:
+                raise _disagreement(shards)
+            if t.shape != shape or t.stride() != stride or t.storage_offset() != offset:
+                even = False
+        if keys is not _NO_KEYS and any(_extra_keys(t) != keys for t in shards.values()):
+            raise _disagreement(shards)
+    else:
+        even = False
+        for t in it:
+            if t.dtype is not dtype or t.device != device or t.layout is not layout:
+                raise _disagreement(shards)
+            if _extra_keys(t) != keys:
+                raise _disagreement(shards)
+    if not even:
+        traced = isinstance(first, (FakeTensor, FunctionalTensor))
+        ndim = first.dim()
+        if any(t.dim() != ndim for t in shards.values()):
+            raise _disagreement(shards)
+        items = shards.items()
+        shape = tuple(make_int({r: t.shape[d] for r, t in items}, traced) for d in range(ndim))
+        strides = {r: t.stride() for r, t in items}
+        stride = tuple(make_int({r: s[d] for r, s in strides.items()}, traced) for d in range(ndim))
+        offset = make_int({r: t.storage_offset() for r, t in items}, traced)
+    result = Tensor._make_wrapper_subclass(
+        LocalTensor,
+        shape,
+        strides=stride,
+        storage_offset=offset,
+        dtype=dtype,
+        device=device,
+        layout=layout,
+        requires_grad=requires_grad,
+        _extra_dispatch_keys=keys,
+    )
+    result._local_tensors = shards
+    result._ranks = frozenset(shards)
+    result._size = shape
+    result._stride = stride
+    return result
+
+
+def _extra_keys(t: Tensor) -> DispatchKeySet:
+    keys = _NO_KEYS
+    if t.is_neg():
+        keys = keys.add(DispatchKey.Negative)
+    if t.is_conj():
+        keys = keys.add(DispatchKey.Conjugate)
+    return keys
+
+
+def _disagreement(shards: Mapping[int, Tensor]) -> ShardError:
+    for what, read in _MUST_AGREE:
+        values = {r: read(t) for r, t in shards.items()}
+        if len(set(values.values())) > 1:
+            return ShardError(
+                f"the shards of one LocalTensor must have the same {what}, but they have "
+                f"{per_rank_text(values)}. Sizes may differ between ranks, the {what} may not."
+            )
+    return ShardError("the shards of one LocalTensor disagree.")  # only reached on a race
+
+
+_MUST_AGREE: tuple[tuple[str, Any], ...] = (
+    ("dtype", lambda t: t.dtype),
+    ("device", lambda t: t.device),
+    ("layout", lambda t: t.layout),
+    ("number of dimensions", lambda t: t.dim()),
+    ("conjugate bit", lambda t: t.is_conj()),
+    ("negative bit", lambda t: t.is_neg()),
+)
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    if a is b:
+        return True
+    if a.shape != b.shape:
+        return False
+    if torch.equal(a, b):
+        return True
+    if not (a.is_floating_point() or a.is_complex()):
+        return False
+    return bool(torch.all((a == b) | (torch.isnan(a) & torch.isnan(b))))
+
+
+def _zip_lists(lists: dict[int, Any]) -> Any:
+    first = next(iter(lists.values()))
+    if isinstance(first, list):
+        return [_zip_lists({r: v[i] for r, v in lists.items()}) for i in range(len(first))]
+    return make_int(lists)
+
+
+torch.serialization.add_safe_globals([LocalTensor, _rebuild])

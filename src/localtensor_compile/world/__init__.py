@@ -1,0 +1,1 @@
+"""Being inside a simulated world."""
