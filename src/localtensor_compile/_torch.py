@@ -61,3 +61,66 @@ def proxy_mode() -> Any:
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     return get_proxy_mode()
+
+
+def resolve_group(group: Any) -> Any:
+    """The ProcessGroup of a group name, a boxed ProcessGroup or a ProcessGroup."""
+    from torch.distributed import ProcessGroup
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    if isinstance(group, str):
+        return _resolve_process_group(group)
+    if isinstance(group, torch.ScriptObject):
+        return ProcessGroup.unbox(group)
+    return group
+
+
+def completed_work(result: Any) -> Any:
+    """A boxed c10d Work that has already completed with `result`."""
+    from torch.distributed import Work
+
+    return Work.boxed(finished_work(result))
+
+
+def reduce_op_of(reduce_op: Any) -> tuple[str, Any]:
+    """The name of a (boxed) ReduceOp in lower case, and the factor of PREMUL_SUM (else None)."""
+    from torch.distributed import ReduceOp
+
+    if isinstance(reduce_op, str):
+        return reduce_op.lower(), None
+    boxed = isinstance(reduce_op, torch.ScriptObject)
+    kind = reduce_op.op() if boxed else getattr(reduce_op, "op", reduce_op)
+    name = next(n for n in _REDUCE_OPS if int(getattr(ReduceOp, n)) == int(kind))
+    if name != "PREMUL_SUM":
+        return name.lower(), None
+    return name.lower(), reduce_op.factor() if boxed else reduce_op.factor
+
+
+_REDUCE_OPS = ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR", "PREMUL_SUM")
+
+
+def mesh_rank_grids(mesh: Any) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """The shape of a DeviceMesh and the ranks of every copy of it, row-major.
+
+    A submesh stands for one copy per rank of the other dimensions of its root mesh. Hashable.
+    """
+    with torch._C.DisableTorchFunction(), unset_fake_temporarily():
+        if hasattr(mesh, "_layout") and hasattr(mesh, "_rank_map"):
+            rank_map = mesh._rank_map
+            copies = mesh._layout.remap_to_tensor(rank_map)
+            shape = tuple(copies.shape[1:])
+            flat = copies.reshape(copies.shape[0], -1)
+        else:  # pragma: no cover - torch before the layout based DeviceMesh
+            shape = tuple(mesh.mesh.shape)
+            flat = mesh.mesh.reshape(1, -1)
+        return shape, tuple(tuple(row) for row in flat.tolist())
+
+
+def finished_work(result: Any) -> Any:
+    """A c10d Work that has already completed with `result`."""
+    from torch._C._distributed_c10d import _create_work_from_future
+    from torch.futures import Future
+
+    future: Any = Future()
+    future.set_result(result)
+    return _create_work_from_future(future)

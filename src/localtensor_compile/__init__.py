@@ -1,0 +1,24 @@
+"""Simulate every rank of a distributed PyTorch program in one process, compiled."""
+
+from . import dispatch as dispatch
+from .collectives import c10d as c10d
+from .collectives import functional as functional
+from .errors import CollectiveError as CollectiveError
+from .errors import LocalTensorError as LocalTensorError
+from .errors import PlainTensorError as PlainTensorError
+from .errors import RankDivergence as RankDivergence
+from .errors import ShardError as ShardError
+from .errors import UnsupportedError as UnsupportedError
+from .errors import WorldError as WorldError
+from .values.int_node import LocalIntNode as LocalIntNode
+from .values.tensor import LocalTensor as LocalTensor
+from .world.mode import LocalTensorMode as LocalTensorMode
+from .world.mode import maybe_disable_local_tensor_mode as maybe_disable_local_tensor_mode
+from .world.mode import rank_map as rank_map
+from .world.mode import replicate as replicate
+from .world.mode import tensor_map as tensor_map
+from .world.per_rank_code import maybe_run_for_local_tensor as maybe_run_for_local_tensor
+from .world.per_rank_code import reconcile_args as reconcile_args
+from .world.state import enabled_local_tensor_mode as enabled_local_tensor_mode
+from .world.state import get_local_tensor_mode_list as get_local_tensor_mode_list
+from .world.state import local_tensor_mode as local_tensor_mode

@@ -1,0 +1,236 @@
+"""Apply a localtensor::* op to LocalTensors: what functional and in-place collectives share.
+
+Checks that the ranks agree where a real collective would otherwise fail, hang or corrupt data.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import CollectiveError, per_rank_text
+from ..values.int_node import is_ranked
+from ..values.ranked import per_rank_values
+from ..values.tensor import LocalTensor, _wrap
+from .groups import Groups, groups_of
+from .ops import OPS
+
+
+class _Settings(threading.local):
+    order = "gloo"  # association order of floating point reductions; LocalTensorMode sets it
+
+
+settings = _Settings()
+
+REDUCE_OPS = ("sum", "avg", "product", "min", "max", "band", "bor", "bxor")
+
+
+def checked_op(op: str) -> str:
+    """`op` in lower case. Raises CollectiveError for an unknown reduce op."""
+    name = op.lower()
+    if name not in REDUCE_OPS:
+        raise CollectiveError(
+            f"unknown reduce op {op!r}. The reduce ops are {', '.join(REDUCE_OPS)}."
+        )
+    return name
+
+
+def local(tensor: Any, what: str) -> LocalTensor:
+    """`tensor` as a LocalTensor, or CollectiveError."""
+    if isinstance(tensor, LocalTensor):
+        return tensor
+    raise CollectiveError(
+        f"{what} got LocalTensors together with a plain tensor of shape {tuple(tensor.shape)}. "
+        "Every operand of one collective needs a shard per rank: create it inside "
+        "LocalTensorMode, or with rank_map."
+    )
+
+
+def locate(tensor: LocalTensor, group: Any) -> Groups:
+    return groups_of(group, tuple(tensor._local_tensors))
+
+
+def require_members(groups: Groups, tensor: LocalTensor, what: str) -> None:
+    """A functional collective must be called by members only: other real ranks raise."""
+    if groups.family:
+        return
+    outside = [r for r in tensor._local_tensors if r not in groups.members]
+    if outside:
+        raise CollectiveError(
+            f"{what} on the group of ranks {list(groups.ranks[0])} got shards of ranks {outside}, "
+            "which are not in the group: on real processes these ranks raise here. Call it on "
+            "the members only, or create the groups of all ranks together with "
+            "dist.new_subgroups or a DeviceMesh."
+        )
+
+
+def require_same_shape(tensor: LocalTensor, groups: Groups, what: str, dims: slice) -> None:
+    """Raise CollectiveError unless the members of each group agree in shape[dims]."""
+    if not any(isinstance(s, torch.SymInt) for s in tensor._size[dims]):
+        return
+    shards = tensor._local_tensors
+    for group in groups.ranks:
+        shapes = {r: tuple(shards[r].shape) for r in group}
+        first = shapes[group[0]][dims]
+        if any(not _equal_sizes(s[dims], first) for s in shapes.values()):
+            raise CollectiveError(
+                f"{what} needs the same shape on every rank of the group {list(group)}, but the "
+                f"shapes are {per_rank_text(shapes)}. On real processes this fails, hangs or "
+                "corrupts data: pad the shards to one shape, or use a collective with splits."
+            )
+
+
+def _equal_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return all(x is y or bool(x == y) for x, y in zip(a, b))
+
+
+def run(op: Any, tensor: LocalTensor, groups: Groups, *options: Any, ordered: bool = False) -> LocalTensor:
+    """Run localtensor::`op` on `tensor`; `options` stand before the groups."""
+    shards = tensor._local_tensors
+    args = (list(shards.values()), *options, list(groups.positions), groups.size)
+    out = op(*args, settings.order) if ordered else op(*args)
+    return _wrap(dict(zip(shards, out)))
+
+
+def all_reduce(tensor: LocalTensor, op: str, groups: Groups, what: str) -> LocalTensor:
+    require_same_shape(tensor, groups, what, slice(None))
+    return run(OPS.all_reduce.default, tensor, groups, checked_op(op), ordered=True)
+
+
+def all_gather(tensor: LocalTensor, groups: Groups, what: str) -> LocalTensor:
+    require_rows(tensor, what)
+    require_same_shape(tensor, groups, what, slice(None))
+    return run(OPS.all_gather.default, tensor, groups)
+
+
+def reduce_scatter(tensor: LocalTensor, op: str, groups: Groups, what: str) -> LocalTensor:
+    require_rows(tensor, what)
+    require_same_shape(tensor, groups, what, slice(None))
+    first = tensor._local_tensors[groups.ranks[0][0]]
+    if first.shape[0] % groups.size != 0:
+        raise CollectiveError(
+            f"{what} splits dimension 0 into {groups.size} equal parts, one per rank of the group, "
+            f"but its size is {first.shape[0]}. Pad it to a multiple of {groups.size}."
+        )
+    return run(OPS.reduce_scatter.default, tensor, groups, checked_op(op), ordered=True)
+
+
+def require_rows(tensor: LocalTensor, what: str) -> None:
+    if len(tensor._size) == 0:
+        raise CollectiveError(
+            f"{what} works along dimension 0, but the tensor has none. Use tensor.view(1)."
+        )
+
+
+def broadcast(tensor: LocalTensor, root: int, groups: Groups, what: str) -> LocalTensor:
+    if not 0 <= root < groups.size:
+        raise CollectiveError(
+            f"{what}: the root is group rank {root}, but the group {list(groups.ranks[0])} has "
+            f"group ranks 0 to {groups.size - 1}."
+        )
+    require_same_shape(tensor, groups, what, slice(None))
+    return run(OPS.broadcast.default, tensor, groups, root)
+
+
+def all_to_all_single(
+    tensor: LocalTensor, output_splits: Any, input_splits: Any, groups: Groups, what: str
+) -> LocalTensor:
+    """Splits are lists of ints or per-rank ints, or empty for equal parts.
+
+    Raises:
+        CollectiveError: splits of the wrong length, that do not sum to the rows, or of which the
+            sender's and the receiver's differ.
+    """
+    require_rows(tensor, what)
+    require_same_shape(tensor, groups, what, slice(1, None))
+    size = groups.size
+    sent = {r: _splits(input_splits, t.shape[0], size, r, what) for r, t in tensor._local_tensors.items() if r in groups.members}
+    received = None
+    if output_splits:
+        received = {r: _splits(output_splits, None, size, r, what) for r in sent}
+    for group in groups.ranks:
+        for r in group:
+            rows, total = tensor._local_tensors[r].shape[0], sum(sent[r])
+            if not _same(total, rows):
+                raise CollectiveError(
+                    f"{what}: the input splits of rank {r} are {sent[r]}, which sum to {total}, "
+                    f"but its tensor has {rows} rows. Splits must sum to the rows."
+                )
+        if received is None:
+            continue
+        for k, dst in enumerate(group):
+            for j, src in enumerate(group):
+                if not _same(sent[src][k], received[dst][j]):
+                    raise CollectiveError(
+                        f"{what}: rank {src} sends {sent[src][k]} rows to rank {dst}, but rank "
+                        f"{dst} expects {received[dst][j]} rows from it. On real processes this "
+                        "hangs or corrupts data: exchange the splits first, e.g. with an "
+                        "all_to_all_single of the split sizes."
+                    )
+    flat = [s for r in tensor._local_tensors for s in sent.get(r, [0] * size)]
+    shards = tensor._local_tensors
+    out = OPS.all_to_all_single.default(
+        list(shards.values()), flat, list(groups.positions), size
+    )
+    return _wrap(dict(zip(shards, out)))
+
+
+def _same(a: Any, b: Any) -> bool:
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    return bool(guard_or_true(a == b))
+
+
+def _splits(splits: Any, rows: Any, size: int, rank: int, what: str) -> list[Any]:
+    if not splits:
+        if isinstance(rows, int) and rows % size:
+            raise CollectiveError(
+                f"{what} without splits sends equal parts, but the {rows} rows of rank {rank} do "
+                f"not divide by the {size} ranks of the group. Pass splits."
+            )
+        return [rows // size] * size
+    if len(splits) != size:
+        raise CollectiveError(
+            f"{what} got {len(splits)} splits for a group of {size} ranks. Give one split per rank."
+        )
+    return [_on_rank(s, rank) for s in splits]
+
+
+def _on_rank(value: Any, rank: int) -> Any:
+    if is_ranked(value):
+        value = value.node._values[rank]
+    else:
+        values = per_rank_values(value)
+        value = value if values is None else values[rank]
+    return int(value) if isinstance(value, torch.Tensor) else value
+
+
+def map_tensors(tensors: Sequence[Any], fn: Callable[[LocalTensor], LocalTensor], what: str) -> list[LocalTensor]:
+    return [fn(local(t, what)) for t in tensors]
+
+
+def copy_into(target: Any, result: LocalTensor, ranks: Any, what: str) -> None:
+    """Write `result` into `target` on the given ranks, as an in-place collective does.
+
+    Raises:
+        CollectiveError: a rank's output has another number of elements than its result.
+    """
+    out = local(target, what)
+    for r in ranks:
+        have, got = out._local_tensors[r], result._local_tensors[r]
+        if have.dtype != got.dtype:
+            raise CollectiveError(
+                f"{what}: the output of rank {r} has dtype {have.dtype}, but the data has "
+                f"{got.dtype}. Use one dtype."
+            )
+        if have.shape != got.shape:
+            if have.numel() != got.numel():
+                raise CollectiveError(
+                    f"{what}: the output of rank {r} has shape {tuple(have.shape)}, but it "
+                    f"receives {tuple(got.shape)}. Give it that shape."
+                )
+            got = got.reshape(have.shape)
+        have.copy_(got)

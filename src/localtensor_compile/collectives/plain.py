@@ -1,0 +1,77 @@
+"""Collectives on plain tensors in a simulated world: replicated on all ranks, or refused.
+
+A plain tensor has one value, so it counts as that value on every rank. A collective whose result
+is one value again is computed; one whose result differs per rank is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .._torch import finished_work, reduce_op_of
+from ..errors import PlainTensorError
+from ..values.tensor import LocalTensor
+from .apply import settings
+from .reduction import reduce_shards
+
+# Method names of ProcessGroup, old and new spellings.
+METHODS = (
+    "allreduce", "allreduce_coalesced", "broadcast", "reduce",
+    "allgather", "_allgather_base", "all_gather_single", "allgather_coalesced",
+    "allgather_into_tensor_coalesced", "all_gather_single_coalesced",
+    "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single",
+    "reduce_scatter_tensor_coalesced", "reduce_scatter_single_coalesced",
+    "gather", "scatter", "alltoall", "alltoall_base", "all_to_all_single",
+    "send", "recv", "recv_anysource",
+)  # fmt: skip
+
+
+def has_local_tensor(args: Any, kwargs: Any) -> bool:
+    """Whether LocalTensors take part."""
+    return any(isinstance(x, LocalTensor) for x in pytree.tree_leaves((args, kwargs)))
+
+
+def collective(name: str, group: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Run ProcessGroup method `name` on plain tensors.
+
+    Raises:
+        PlainTensorError: the result would differ per rank.
+    """
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    if name in ("allreduce", "allreduce_coalesced"):
+        op, factor = _reduce_op(args, kwargs)
+        for t in tensors:
+            source = t if factor is None else (t * factor).to(t.dtype)
+            copies = [source] * group.size()
+            t.copy_(reduce_shards(copies, "sum" if factor is not None else op, order=settings.order))
+        return finished_work(tensors)
+    if name == "broadcast":
+        return finished_work(tensors)
+    if name in ("_allgather_base", "all_gather_single"):
+        output, input = args[0], args[1]
+        output.view(group.size(), *input.shape).copy_(input.expand(group.size(), *input.shape))
+        return finished_work([output])
+    if name == "allgather":
+        for outputs, input in zip(args[0], args[1]):
+            for output in outputs:
+                output.copy_(input)
+        return finished_work(args[0])
+    raise PlainTensorError(
+        f"ProcessGroup.{name} on plain tensors of shape {tuple(tensors[0].shape) if tensors else ()} "
+        "would have another result on every rank, which a plain tensor cannot hold. Make the "
+        "operands LocalTensors: create them inside LocalTensorMode, or with rank_map or "
+        "replicate(tensor)."
+    )
+
+
+def _reduce_op(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[str, Any]:
+    for value in (*args[1:], *kwargs.values()):
+        if hasattr(value, "reduceOp"):
+            return reduce_op_of(value.reduceOp)
+        if hasattr(value, "op"):
+            return reduce_op_of(value)
+    return "sum", None

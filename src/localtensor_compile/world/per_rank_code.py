@@ -1,0 +1,162 @@
+"""Running Python code once per rank: from LocalTensors to shards and back, differentiably.
+
+`split_shards` and `join_shards` are what rank_map and tensor_map are made of. Dynamo puts each of
+them into its graph as one call; AOTAutograd then sees only the shards.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import RankDivergence, ShardError
+from ..values.ranked import combine, pick
+from ..values.tensor import LocalTensor, _checked_shards, _wrap
+from .state import enabled_local_tensor_mode
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: LocalTensor) -> tuple[Tensor, ...]:
+        ctx.ranks = tuple(tensor._local_tensors)
+        return tuple(t.view_as(t) for t in tensor._local_tensors.values())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> LocalTensor:
+        return _wrap(dict(zip(ctx.ranks, grads)))
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ranks: tuple[int, ...], *shards: Tensor) -> LocalTensor:
+        ctx.ranks = ranks
+        return _wrap({r: t.view_as(t) for r, t in zip(ranks, shards)})
+
+    @staticmethod
+    def backward(ctx: Any, grad: LocalTensor) -> tuple[Any, ...]:
+        return None, *(grad._local_tensors[r] for r in ctx.ranks)
+
+
+@torch._dynamo.allow_in_graph
+def _split(tensor: LocalTensor) -> tuple[Tensor, ...]:
+    if not tensor.requires_grad:
+        return tuple(tensor._local_tensors.values())
+    return _Split.apply(tensor)
+
+
+@torch._dynamo.allow_in_graph
+def _join(ranks: tuple[int, ...], *shards: Tensor) -> LocalTensor:
+    if not any(t.requires_grad for t in shards):
+        return _wrap(_checked_shards(dict(zip(ranks, shards))))
+    _checked_shards({r: t.detach() for r, t in zip(ranks, shards)})
+    return _Join.apply(ranks, *shards)
+
+
+def split_shards(tensor: Any, ranks: Sequence[int]) -> dict[int, Tensor]:
+    """{rank: shard} for the given ranks that `tensor` has shards of; a plain tensor has all."""
+    if not isinstance(tensor, LocalTensor):
+        return dict.fromkeys(ranks, tensor)
+    held = tensor.__tensor_flatten__()[1] if not torch.compiler.is_compiling() else None
+    shards = _split(tensor)
+    if held is None:
+        held = _ranks_of(tensor)
+    return {r: t for r, t in zip(held, shards) if r in ranks}
+
+
+@torch._dynamo.assume_constant_result
+def _ranks_of(tensor: LocalTensor) -> tuple[int, ...]:
+    return tuple(tensor._local_tensors)
+
+
+def join_shards(ranks: tuple[int, ...], shards: Sequence[Tensor]) -> LocalTensor:
+    """The LocalTensor of one tensor per rank.
+
+    Raises:
+        ShardError: no ranks, or results that are no tensors or do not fit together.
+    """
+    if not ranks:
+        raise ShardError(
+            "the callback returned a tensor on no rank. Return the shard of at least one rank."
+        )
+    for r, t in zip(ranks, shards):
+        if not isinstance(t, Tensor):
+            raise ShardError(
+                f"the callback returned {type(t).__name__} on rank {r}, but the shard of a rank is "
+                "a tensor. Wrap numbers with torch.tensor(...)."
+            )
+    return _join(ranks, *shards)
+
+
+def for_each_rank(
+    func: Callable[..., Any],
+    ranks: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    alias: bool = True,
+) -> Any:
+    """Run a Python function once per rank on that rank's values and combine the results.
+
+    The function must have no side effects. Raises RankDivergence where results do not combine.
+    """
+    flat, spec = pytree.tree_flatten((tuple(args), kwargs))
+    results: dict[int, Any] = {}
+    mode = enabled_local_tensor_mode()
+    for r in sorted(ranks):
+        rank_args, rank_kwargs = pytree.tree_unflatten([pick(a, r) for a in flat], spec)
+        if mode is None:
+            results[r] = func(*rank_args, **rank_kwargs)
+        else:
+            results[r] = mode._on_rank(r, func, *rank_args, **rank_kwargs)
+    return combine(results, getattr(func, "__name__", str(func)) + "()")
+
+
+def maybe_run_for_local_tensor(func: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorator: in a LocalTensorMode run the function once per rank, else call it as it is.
+
+    For code that needs one Python value per rank (a branch, an int, a list length). The function
+    must have no side effects. LocalTensors and per-rank numbers in its arguments are that rank's;
+    its results are combined: tensors to LocalTensors, numbers to per-rank numbers, and everything
+    else must be equal on all ranks.
+
+    Raises:
+        RankDivergence: results that cannot be one value.
+    """
+
+    @functools.wraps(func)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        mode = enabled_local_tensor_mode()
+        if mode is None:
+            return func(*args, **kwargs)
+        return for_each_rank(func, mode.ranks, args, kwargs, alias=False)
+
+    return wrapper
+
+
+def reconcile_args(args: Any, kwargs: dict[str, Any] | None = None) -> Any:
+    """`(args, kwargs)` with every LocalTensor replaced by the one tensor that its ranks share.
+
+    Raises:
+        RankDivergence: a LocalTensor whose shards differ.
+    """
+    flat, spec = pytree.tree_flatten((args, {} if kwargs is None else kwargs))
+    plain = [a.reconcile() if isinstance(a, LocalTensor) else a for a in flat]
+    return pytree.tree_unflatten(plain, spec)
+
+
+__all__ = [
+    "RankDivergence",
+    "for_each_rank",
+    "join_shards",
+    "maybe_run_for_local_tensor",
+    "reconcile_args",
+    "split_shards",
+]

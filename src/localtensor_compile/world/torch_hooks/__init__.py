@@ -1,0 +1,130 @@
+"""Every torch name that is replaced while a LocalTensorMode is active, in one place.
+
+`installed()` puts all replacements in place when the first mode of the process is entered and
+takes them out when the last one is left. Each replacement asks for the mode of its own thread and
+calls the original where there is none, so other threads see no change. On leaving, a name that
+somebody else replaced meanwhile is reported instead of being overwritten.
+
+autograd.py, distributed.py, dtensor.py and dynamo.py each yield (owner, attribute, replacement).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from ..._torch import MAX_VERSION, MIN_VERSION, VERSION
+from ...errors import UnsupportedError
+
+_lock = threading.RLock()
+_users = 0
+_undo = contextlib.ExitStack()
+
+Replacement = tuple[Any, str, Any]
+MISSING: Any = object()
+"""As a replacement: the attribute does not exist outside the mode."""
+
+
+def all_replacements() -> Iterator[Replacement]:
+    """Every (owner, attribute, replacement), built fresh from what torch has now."""
+    from . import autograd, distributed, dtensor, dynamo, random
+
+    for module in (autograd, distributed, dtensor, dynamo, random):
+        yield from module.replacements()
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """Context manager: torch's names are replaced inside.
+
+    Raises:
+        UnsupportedError: this version of torch is not supported.
+    """
+    global _users
+    if not MIN_VERSION <= VERSION <= MAX_VERSION:
+        raise UnsupportedError(
+            f"localtensor_compile supports torch {_dots(MIN_VERSION)} to {_dots(MAX_VERSION)}, but "
+            f"this is torch {_dots(VERSION)}. Install a supported version."
+        )
+    with _lock:
+        if _users == 0:
+            _install()
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                _undo.close()
+
+
+def _dots(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def _install() -> None:
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in all_replacements():
+            stack.callback(_replace(owner, name, replacement))
+        _undo.push(stack.pop_all())
+
+
+def _replace(owner: Any, name: str, replacement: Any) -> Any:
+    """Set owner.name (or owner[name] of a dict) and return the function that undoes it."""
+    if isinstance(owner, dict):
+        before = owner.get(name, MISSING)
+        owner[name] = replacement
+
+        def undo_item() -> None:
+            if before is MISSING:
+                owner.pop(name, None)
+            else:
+                owner[name] = before
+
+        return undo_item
+    # The raw attribute, so that staticmethods come back as such.
+    before = owner.__dict__.get(name, MISSING) if isinstance(owner, type) else getattr(owner, name)
+    setattr(owner, name, replacement)
+
+    def undo() -> None:
+        if before is MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+    return undo
+
+
+def init_simulated_process_group(world_size: int) -> None:
+    """A default process group of `world_size` simulated ranks."""
+    from .distributed import init_simulated_process_group as init
+
+    init(world_size)
+
+
+def function_mode(mode: Any) -> Any:
+    """The torch function mode that turns factories into per-rank factories."""
+    try:
+        from ..factories import FactoryMode
+    except ImportError:
+        from torch.overrides import BaseTorchFunctionMode
+
+        return BaseTorchFunctionMode()
+    return FactoryMode(mode)
+
+
+def rank_generators(mode: Any) -> Any:
+    """The random number generators of the mode's ranks."""
+    try:
+        from ..rng import ModeGenerators
+    except ImportError:
+
+        class N(contextlib.nullcontext):
+            def on_rank(self, r):
+                return contextlib.nullcontext()
+
+        return N()
+    return ModeGenerators(mode)

@@ -1,0 +1,353 @@
+"""torch.distributed per rank: ranks, groups and their families, meshes, object collectives.
+
+Collectives on LocalTensors need no replacement: they reach the op table through
+`LocalTensor.__torch_dispatch__`. What is replaced here is Python that knows one rank only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.device_mesh as device_mesh
+import torch.distributed.distributed_c10d as c10d
+
+from ...collectives import objects, plain
+from ...collectives.groups import register_family
+from ...values.int_node import is_ranked
+from ...values.tensor import LocalTensor
+from ..mesh import MeshMethods, per_rank_int, plain_mesh_args
+from ..state import enabled_local_tensor_mode
+
+Replacement = tuple[Any, str, Any]
+
+
+def init_simulated_process_group(world_size: int) -> None:
+    """torch's fake backend: a group of the right size whose own collectives move no data."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+
+
+def replacements() -> Iterator[Replacement]:
+    yield from _mesh()
+    yield from _ranks()
+    yield from _groups()
+    yield from _objects()
+    yield from _roots()
+    yield from _plain_collectives()
+    yield from _splits()
+
+
+def _when_enabled(original: Any, replacement: Callable[..., Any]) -> Any:
+    """`replacement(original, mode, *args)` while the thread's mode is enabled, else `original`."""
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        mode = enabled_local_tensor_mode()
+        if mode is None:
+            return original(*args, **kwargs)
+        return replacement(original, mode, *args, **kwargs)
+
+    return wrapper
+
+
+# ---------------------------------------------------------------- meshes
+_MESH_METHODS = (
+    "get_coordinate",
+    "_sym_get_coordinate",
+    "_is_current_rank_part_of_mesh",
+    "get_rank",
+    "get_local_rank",
+)
+
+
+def _mesh() -> Iterator[Replacement]:
+    mesh_class = device_mesh.DeviceMesh
+    for name in _MESH_METHODS:
+        original = mesh_class.__dict__.get(name)
+        if original is None:  # not in every supported version
+            continue
+        ours = getattr(MeshMethods, name)
+
+        def replacement(original: Any, mode: Any, *args: Any, _ours: Any = ours, **kw: Any) -> Any:
+            return _ours(*args, **kw)
+
+        yield mesh_class, name, _when_enabled(original, replacement)
+
+    def init(original: Any, mode: Any, *args: Any, **kwargs: Any) -> None:
+        args, kwargs = plain_mesh_args(args, kwargs)
+        with mode.disable():
+            original(*args, **kwargs)
+
+    yield mesh_class, "__init__", _when_enabled(mesh_class.__init__, init)
+
+    one_group = mesh_class.__dict__.get("_init_one_process_group")
+    if one_group is not None:
+        yield mesh_class, "_init_one_process_group", staticmethod(_recording(one_group.__func__))
+
+
+# Every rank makes all groups of a mesh dimension and keeps the name of its own. The calls of
+# new_group made meanwhile are the family of that name.
+_recorders: list[list[list[int]]] = []
+
+
+def _recording(original: Any) -> Any:
+    @functools.wraps(original)
+    def init_one_process_group(*args: Any, **kwargs: Any) -> Any:
+        made: list[list[int]] = []
+        _recorders.append(made)
+        try:
+            name = original(*args, **kwargs)
+        finally:
+            _recorders.pop()
+        if name is not None and made:
+            register_family(name, made)
+        return name
+
+    return init_one_process_group
+
+
+# ---------------------------------------------------------------- ranks
+# Parts of torch that ask for the rank of the *process*: to name log files, to build groups.
+_RANK_OF_RANKS = ("torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed._tools")
+
+
+def _asked_by_torch() -> bool:
+    """Whether a function of torch itself, not user code, called the function that calls this."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(
+        ("localtensor_compile", "contextlib", "functools")
+    ):
+        frame = frame.f_back  # type: ignore[assignment]
+    name = frame.f_globals.get("__name__", "") if frame is not None else ""
+    return name.startswith("torch.") and not name.startswith(_RANK_OF_RANKS)
+
+
+def _ranks() -> Iterator[Replacement]:
+    original = c10d.get_rank
+
+    @functools.wraps(original)
+    def get_rank(group: Any = None) -> Any:
+        if _simulated_ranks() is None or _called_from_torch():
+            return original(group)
+        if group is None:
+            return rank_constant(_simulated_ranks(), _simulated_ranks())
+        return rank_constant(*_group_ranks(group))
+
+    yield c10d, "get_rank", get_rank
+    yield dist, "get_rank", get_rank
+
+    own_rank = dist.ProcessGroup.rank
+
+    @functools.wraps(own_rank)
+    def rank(self: Any) -> Any:
+        mode = enabled_local_tensor_mode()
+        if mode is None or _pretended:
+            return _pretended[-1] if _pretended else own_rank(self)
+        if _asked_by_torch():
+            return own_rank(self)
+        ranks, values = _group_ranks(self)
+        return per_rank_int(dict(zip(ranks, values)))
+
+    yield dist.ProcessGroup, "rank", rank
+
+
+# While a group is made, or a rooted collective checks its arguments: the rank to act as.
+_pretended: list[int] = []
+
+
+@contextlib.contextmanager
+def _pretend_rank(rank: int) -> Iterator[None]:
+    _pretended.append(rank)
+    try:
+        yield
+    finally:
+        _pretended.pop()
+
+
+@torch._dynamo.assume_constant_result
+def _simulated_ranks() -> Any:
+    mode = enabled_local_tensor_mode()
+    return None if mode is None else mode._sorted_ranks
+
+
+@torch._dynamo.assume_constant_result
+def _called_from_torch() -> bool:
+    return _asked_by_torch()
+
+
+@torch._dynamo.assume_constant_result
+def _group_ranks(group: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The mode's ranks and the rank of each in its group; -1 outside, as dist.get_rank says."""
+    from ...collectives.groups import groups_of
+
+    mode = enabled_local_tensor_mode()
+    ranks = mode._sorted_ranks  # type: ignore[union-attr]
+    where = {r: g.index(r) for g in groups_of(group, ranks).ranks for r in g}
+    return ranks, tuple(where.get(r, -1) for r in ranks)
+
+
+@torch._dynamo.allow_in_graph
+def rank_constant(ranks: tuple[int, ...], values: tuple[int, ...]) -> Any:
+    """A per-rank int that is constant in the traced frame: one node of the Dynamo graph."""
+    return per_rank_int(dict(zip(ranks, values)))
+
+
+# ---------------------------------------------------------------- groups
+def _groups() -> Iterator[Replacement]:
+    original = c10d.new_group
+
+    @functools.wraps(original)
+    def new_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        mode = enabled_local_tensor_mode()
+        if mode is None or ranks is None:
+            return original(ranks, *args, **kwargs)
+        ranks = [int(r) for r in ranks]
+        if _recorders:
+            _recorders[-1].append(sorted(ranks))
+            return original(ranks, *args, **kwargs)
+        # The simulated process holds every rank: a group without rank 0 exists as well.
+        with _pretend_rank(min(ranks)) if ranks else contextlib.nullcontext():
+            return original(ranks, *args, **kwargs)
+
+    yield c10d, "new_group", new_group
+    yield dist, "new_group", new_group
+    yield device_mesh, "new_group", new_group
+
+    def subgroups(original: Any, mode: Any, *args: Any, **kwargs: Any) -> Any:
+        made: list[list[int]] = []
+        _recorders.append(made)
+        try:
+            own, groups = original(*args, **kwargs)
+        finally:
+            _recorders.pop()
+        if own is not None:
+            register_family(own.group_name, made)
+        return own, groups
+
+    by_enumeration = _when_enabled(c10d.new_subgroups_by_enumeration, subgroups)
+    yield c10d, "new_subgroups_by_enumeration", by_enumeration
+    yield dist, "new_subgroups_by_enumeration", by_enumeration
+    # new_subgroups calls the function above through its module.
+
+
+# ---------------------------------------------------------------- object collectives
+def _objects() -> Iterator[Replacement]:
+    for name in (
+        "all_gather_object",
+        "gather_object",
+        "broadcast_object_list",
+        "scatter_object_list",
+    ):
+        ours = getattr(objects, name)
+
+        def replacement(original: Any, mode: Any, *args: Any, _ours: Any = ours, **kw: Any) -> Any:
+            return _ours(mode._sorted_ranks, *args, **kw)
+
+        wrapped = _when_enabled(getattr(c10d, name), replacement)
+        yield c10d, name, wrapped
+        yield dist, name, wrapped
+
+
+# ---------------------------------------------------------------- rooted collectives
+def _roots() -> Iterator[Replacement]:
+    """dist.scatter and dist.gather refuse a list on any rank but the root: act as the root."""
+    for name, root_name, group_root_name in (
+        ("scatter", "src", "group_src"),
+        ("gather", "dst", "group_dst"),
+    ):
+        original = getattr(c10d, name)
+        signature = inspect.signature(original)
+
+        def replacement(
+            original: Any,
+            mode: Any,
+            *args: Any,
+            _signature: inspect.Signature = signature,
+            _root: str = root_name,
+            _group_root: str = group_root_name,
+            **kwargs: Any,
+        ) -> Any:
+            given = _signature.bind(*args, **kwargs).arguments
+            group_root = given.get(_group_root)
+            if group_root is None:
+                group = given.get("group") or dist.group.WORLD
+                root = given.get(_root)
+                if isinstance(root, int):
+                    group_root = dist.get_group_rank(group, root)
+                else:
+                    group_root = 0
+            with _pretend_rank(group_root):
+                return original(*args, **kwargs)
+
+        wrapped = _when_enabled(original, replacement)
+        yield c10d, name, wrapped
+        yield dist, name, wrapped
+
+
+# ---------------------------------------------------------------- plain tensors
+def _plain_collectives() -> Iterator[Replacement]:
+    """The simulated group moves no data: a collective on plain tensors is done or refused here."""
+    group_class = dist.ProcessGroup
+    for name in plain.METHODS:
+        original = getattr(group_class, name, None)
+        if original is None:  # not in every supported version
+            continue
+
+        def method(
+            self: Any, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any
+        ) -> Any:
+            if enabled_local_tensor_mode() is None or not _is_simulated(self):
+                return _original(self, *args, **kwargs)
+            if plain.has_local_tensor(args, kwargs):
+                return _original(self, *args, **kwargs)
+            return plain.collective(_name, self, args, kwargs)
+
+        yield group_class, name, functools.wraps(original)(method)
+
+
+def _is_simulated(group: Any) -> bool:
+    return "fake" in str(group.name()) or "fake" in str(c10d._world.pg_backend_config.get(group))
+
+
+# ---------------------------------------------------------------- splits
+def _splits() -> Iterator[Replacement]:
+    """pybind wants plain ints as splits: per-rank splits take the functional way."""
+
+    def all_to_all_single(
+        original: Any,
+        mode: Any,
+        output: Any,
+        input: Any,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        sizes = [*(output_split_sizes or ()), *(input_split_sizes or ())]
+        if not any(is_ranked(s) or isinstance(s, LocalTensor) for s in sizes):
+            return original(
+                output, input, output_split_sizes, input_split_sizes, group, async_op
+            )
+        import torch.distributed._functional_collectives as funcol
+
+        group = dist.group.WORLD if group is None else group
+        with torch.no_grad():
+            result = funcol.all_to_all_single(input, output_split_sizes, input_split_sizes, group)
+            output.copy_(funcol.wait_tensor(result))
+        if not async_op:
+            return None
+        from ..._torch import finished_work
+
+        return finished_work([output])
+
+    wrapped = _when_enabled(c10d.all_to_all_single, all_to_all_single)
+    yield c10d, "all_to_all_single", wrapped
+    yield dist, "all_to_all_single", wrapped

@@ -1,0 +1,29 @@
+"""DTensor over our LocalTensor.
+
+DTensor asks torch's own simulator module which mode is active and lets it run rank-dependent
+Python once per rank. While one of our modes is active, that module answers with ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed._local_tensor as upstream
+
+from ...values.int_node import LocalIntNode
+from ...values.tensor import LocalTensor
+from .. import per_rank_code, state
+
+Replacement = tuple[Any, str, Any]
+
+
+def replacements() -> Iterator[Replacement]:
+    # Functions that other modules imported by name look these globals up at call time.
+    yield upstream, "get_local_tensor_mode_list", state.get_local_tensor_mode_list
+    yield upstream, "_for_each_rank_run_func", per_rank_code.for_each_rank
+    yield upstream, "LocalTensor", LocalTensor
+    yield upstream, "LocalIntNode", LocalIntNode
+    from . import dtensor_sharding
+
+    yield from dtensor_sharding.replacements()
