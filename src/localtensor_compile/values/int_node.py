@@ -176,6 +176,11 @@ class LocalNode:
     def clone(self) -> LocalNode:
         return self
 
+    @property
+    def _guard_key(self) -> tuple[Any, ...]:
+        """What compiled code that took this number for a constant compares."""
+        return (tuple(self._values), tuple(self._values.values()))
+
     def maybe_as_int(self) -> int | None:
         return None
 
@@ -268,7 +273,8 @@ class LocalNode:
 
         operands = [_as_sym(n) if not isinstance(n, (int, float)) else n for n in (self, *others)]
         known = mode.tracer.symnode_tracker
-        if not any(isinstance(o, _SYM_TYPES) and known.get(o) is not None for o in operands):
+        ranked = [o for o in operands if is_ranked(o)]
+        if any(known.get(o) is None for o in ranked if not o.node.is_constant()):
             return None
         result = handle_sym_dispatch(op, tuple(operands), {})
         if isinstance(result, bool):

@@ -5,7 +5,7 @@ takes them out when the last one is left. Each replacement asks for the mode of 
 calls the original where there is none, so other threads see no change. On leaving, a name that
 somebody else replaced meanwhile is reported instead of being overwritten.
 
-autograd.py, distributed.py, dtensor.py and dynamo.py each yield (owner, attribute, replacement).
+autograd.py, distributed.py, dtensor.py and random.py each yield (owner, attribute, replacement).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MISSING: Any = object()
 
 def all_replacements() -> Iterator[Replacement]:
     """Every (owner, attribute, replacement), built fresh from what torch has now."""
-    from . import autograd, distributed, dtensor, dynamo, random
+    from . import autograd, distributed, dtensor, random
 
-    for module in (autograd, distributed, dtensor, dynamo, random):
+    for module in (autograd, distributed, dtensor, random):
         yield from module.replacements()
 
 

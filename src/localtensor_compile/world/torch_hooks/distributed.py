@@ -22,6 +22,7 @@ from ...collectives import objects, plain
 from ...collectives.groups import register_family
 from ...values.int_node import is_ranked
 from ...values.tensor import LocalTensor
+from ...compile.dynamo_support import rank_constant
 from ..mesh import MeshMethods, per_rank_int, plain_mesh_args
 from ..state import enabled_local_tensor_mode
 
@@ -192,12 +193,6 @@ def _group_ranks(group: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     ranks = mode._sorted_ranks  # type: ignore[union-attr]
     where = {r: g.index(r) for g in groups_of(group, ranks).ranks for r in g}
     return ranks, tuple(where.get(r, -1) for r in ranks)
-
-
-@torch._dynamo.allow_in_graph
-def rank_constant(ranks: tuple[int, ...], values: tuple[int, ...]) -> Any:
-    """A per-rank int that is constant in the traced frame: one node of the Dynamo graph."""
-    return per_rank_int(dict(zip(ranks, values)))
 
 
 # ---------------------------------------------------------------- groups

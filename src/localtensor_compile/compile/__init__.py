@@ -1,0 +1,1 @@
+"""torch.compile on LocalTensors: what happens between AOTAutograd and Inductor."""
