@@ -1,0 +1,219 @@
+"""A byte-level language model, sharded by tensor and sequence parallelism, trained for three steps.
+
+Ordinary torch: the model is a plain nn.Module, the sharding is torch's `parallelize_module`, and
+nothing below knows whether its ranks are simulated or real. One file, three engines:
+
+    localtensor check docs/examples/tp_transformer.py --nproc-per-node 4    all engines, compared
+    python docs/examples/tp_transformer.py                                  the same, 4 ranks
+    torchrun --nproc-per-node 4 docs/examples/tp_transformer.py             real processes
+
+Two sizes do not divide by 4 on purpose, so ranks hold different amounts of work: the vocabulary
+(256 bytes and one begin-of-text symbol: 65, 65, 65 and 62 rows) and the width of the MLP
+(682: 171, 171, 171 and 169 columns).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+import localtensor_compile as lt
+
+BEGIN = 256  # the symbol before the first byte of a text
+VOCABULARY = 257
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the model and of its training run. `heads` and `length` divide by the world size."""
+
+    layers: int = 4
+    dim: int = 256
+    heads: int = 8
+    hidden: int = 682
+    batch: int = 2
+    length: int = 64
+    steps: int = 3
+    learning_rate: float = 0.1
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions. Under tensor parallelism: on this rank's heads."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.head_dim = config.dim // config.heads
+        self.wq = nn.Linear(config.dim, config.dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.wq, self.wk, self.wv)
+        )
+        mixed = F.scaled_dot_product_attention(
+            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True
+        )
+        return self.wo(mixed.transpose(1, 2).flatten(2))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, RoFormer) of x: [batch, heads, length, head_dim]."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
+class FeedForward(nn.Module):
+    """The gated MLP of Shazeer 2020 (SwiGLU)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden, bias=False)
+        self.w2 = nn.Linear(config.hidden, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.dim)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.dim)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model: tokens and targets [batch, length] to the mean cross-entropy
+    in nats per byte, and the logits [batch, length, VOCABULARY]."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.dim)
+        self.head = nn.Linear(config.dim, VOCABULARY, bias=False)
+        half = config.dim // config.heads // 2
+        frequency = 10000.0 ** (-torch.arange(half) / half)
+        angle = torch.arange(config.length)[:, None] * frequency
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin)
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits
+
+
+def parallelize(model: Transformer, mesh: DeviceMesh) -> Transformer:
+    """Shard the weights over `mesh`, and activations between layers over the sequence.
+
+    Between attention and MLP every rank holds a part of the sequence; an all-gather goes before
+    each of them and a reduce-scatter after. The MLP hands a DTensor from w1 to w2, because only
+    a DTensor knows that an uneven width adds up to 682.
+    """
+    sequence = Shard(1)
+    gather = {"input_layouts": (sequence,), "desired_input_layouts": (Replicate(),)}
+    parallelize_module(
+        model,
+        mesh,
+        {
+            "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=sequence),
+            "norm": SequenceParallel(),
+            "head": ColwiseParallel(input_layouts=sequence, output_layouts=Replicate()),
+        },
+    )
+    for block in model.blocks:
+        parallelize_module(
+            block,
+            mesh,
+            {
+                "attention_norm": SequenceParallel(),
+                "attention": PrepareModuleInput(
+                    input_layouts=(sequence, None, None),
+                    desired_input_layouts=(Replicate(), None, None),
+                ),
+                "attention.wq": ColwiseParallel(),
+                "attention.wk": ColwiseParallel(),
+                "attention.wv": ColwiseParallel(),
+                "attention.wo": RowwiseParallel(output_layouts=sequence),
+                "mlp_norm": SequenceParallel(),
+                "mlp": PrepareModuleInput(**gather),
+                "mlp.w1": ColwiseParallel(use_local_output=False),
+                "mlp.w3": ColwiseParallel(use_local_output=False),
+                "mlp.w2": RowwiseParallel(output_layouts=sequence),
+            },
+        )
+    return model
+
+
+def read_text() -> bytes:
+    """The project's own documentation, as bytes."""
+    docs = Path(__file__).resolve().parents[1]
+    return b"\n".join(
+        path.read_bytes() for path in (docs.parent / "README.md", *sorted(docs.glob("*.md")))
+    )
+
+
+def batches(config: Config, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """(tokens, targets) of each step, both [batch, length]: windows spread evenly over the text."""
+    text = [BEGIN, *read_text()]
+    windows = config.steps * config.batch
+    stride = (len(text) - config.length - 1) // windows
+    cut = [text[i * stride : i * stride + config.length + 1] for i in range(windows)]
+    data = torch.tensor(cut, device=device).view(config.steps, config.batch, config.length + 1)
+    return [(step[:, :-1], step[:, 1:]) for step in data]
+
+
+def program(world: lt.World, config: Config = Config()) -> dict[str, Tensor]:
+    """Train, and return what every rank has to agree on between engines."""
+    model = Transformer(config).to(world.device)
+    parallelize(model, world.mesh(world.size, "tp"))
+    forward = world.compile(model)
+    # Not Adam: dividing by the root of a tiny second moment turns a rounding difference between
+    # engines, which is legitimate, into a difference of a whole step.
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=config.learning_rate, momentum=0.9, nesterov=True
+    )
+    results: dict[str, Tensor] = {}
+    for step, (tokens, targets) in enumerate(batches(config, world.device)):
+        optimizer.zero_grad()
+        loss, logits = forward(tokens, targets)
+        loss.backward()
+        optimizer.step()
+        results[f"loss.{step}"] = loss
+    results["logits"] = logits
+    for name, parameter in model.named_parameters():
+        if name.startswith(("embedding", "blocks.0", "norm", "head")):
+            results[f"grad.{name}"] = parameter.grad
+            results[name] = parameter
+    return results
+
+
+if __name__ == "__main__":
+    lt.main(program)

@@ -1,0 +1,101 @@
+"""Text and progress on the terminal: coloured with rich where it is installed, plain otherwise.
+
+Results go to standard output, progress to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from types import TracebackType
+from typing import Any, TextIO
+
+from ..check.report import EngineResult
+
+_STYLES = {
+    r"\bbit-equal\b": "green",
+    r"\bclose\b": "cyan",
+    r"\b(WRONG|missing|shape|dtype|error)\b": "bold red",
+    r"^PASS\b": "bold green",
+    r"^FAIL\b": "bold red",
+    r"^[- ]+$": "dim",
+}
+
+
+def width() -> int | None:
+    """Columns of the terminal, None where standard output is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def show(text: str) -> None:
+    """Print `text`, with verdicts coloured on a terminal unless NO_COLOR is set."""
+    console = _console(sys.stdout)
+    if console is None:
+        print(text)
+        return
+    from rich.text import Text
+
+    styled = Text(text)
+    for pattern, style in _STYLES.items():
+        styled.highlight_regex(f"(?m){pattern}", style)
+    console.print(styled, soft_wrap=True)
+
+
+def _console(file: TextIO) -> Any:
+    """rich's console, or None without rich, which is an extra: no colours and no spinner then."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    return Console(file=file, highlight=False)
+
+
+class EngineProgress:
+    """Shows which engine runs and for how long: a spinner on a terminal, else a line per event."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._live: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> EngineProgress:
+        console = _console(sys.stderr)
+        if console is not None and console.is_terminal:
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            self._live = Progress(
+                SpinnerColumn("line"),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                console=console,
+                transient=True,
+                redirect_stdout=False,
+            )
+            self._stack.enter_context(self._live)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def started(self, engine: str) -> None:
+        """An engine begins."""
+        if self._live is not None:
+            self._task = self._live.add_task(f"{engine} ...")
+        else:
+            print(f"{engine} ...", file=sys.stderr, flush=True)
+
+    def finished(self, result: EngineResult) -> None:
+        """An engine has ended."""
+        verb = "ran" if result.error is None else "failed"
+        text = f"{result.name} {verb} in {result.seconds:.1f} s"
+        if self._live is not None:
+            self._live.remove_task(self._task)
+            self._live.console.print(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
