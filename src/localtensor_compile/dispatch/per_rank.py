@@ -28,12 +28,13 @@ _SYM_TYPES = (SymInt, SymFloat, SymBool)
 class OpPlan:
     """What the per-rank runner has to know about one OpOverload."""
 
-    __slots__ = ("call", "inplace", "name", "resizes", "single", "views", "writes")
+    __slots__ = ("call", "func", "inplace", "name", "resizes", "single", "views", "writes")
 
     def __init__(self, func: Any) -> None:
         schema = func._schema
         arguments, returns = schema.arguments, schema.returns
-        self.call = func
+        self.func = func
+        self.call = func  # a random op calls another overload, with the rank's generator
         self.name = str(func)
         self.writes = tuple((i, a.name) for i, a in enumerate(arguments) if a.is_write)
         # An op that returns its first argument (add_, foreach in place returns nothing).
@@ -58,8 +59,16 @@ _RESIZING = {
 }
 
 
-def run_per_rank(plan: OpPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run `plan`'s op once per rank and combine the results."""
+def run_per_rank(
+    plan: OpPlan,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    extra: tuple[tuple[str, Mapping[int, Any]], ...] = (),
+) -> Any:
+    """Run `plan`'s op once per rank and combine the results.
+
+    `extra` holds keyword arguments that only `plan.call` takes: (name, {rank: value}).
+    """
     ranked: list[tuple[int, Mapping[int, Any]]] = []
     ranks: Any = None
     for i, arg in enumerate(args):
@@ -88,6 +97,7 @@ def run_per_rank(plan: OpPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 elif values.keys() != ranks:
                     raise _rank_sets_differ(plan, ranks, values.keys())
                 ranked_kwargs.append((name, values))
+    ranked_kwargs += extra
     if plan.writes:
         _check_writes(plan, args, kwargs)
 
@@ -124,7 +134,7 @@ def run_per_rank(plan: OpPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     result = combine(results, plan.name)
     if result is None:
         return None
-    return return_and_correct_aliasing(plan.call, args, kwargs, result)
+    return return_and_correct_aliasing(plan.func, args, kwargs, result)
 
 
 def _leaf_values(arg: Any) -> Mapping[int, Any] | None:
