@@ -124,3 +124,46 @@ def finished_work(result: Any) -> Any:
     future: Any = Future()
     future.set_result(result)
     return _create_work_from_future(future)
+
+
+def group_ranks() -> dict[Any, dict[int, int]]:
+    """{ProcessGroup: {global rank: group rank}} of every process group that exists."""
+    from torch.distributed.distributed_c10d import _world
+
+    return dict(_world.pg_group_ranks)
+
+
+# ---- random ops in traced graphs (dispatch/random_nodes.py)
+def trace_identity() -> Any:
+    """An object that lives as long as the compilation in progress, or None where nothing records.
+
+    One per frame that Dynamo compiles, shared by its subgraphs; else the tracer of make_fx.
+    """
+    mode = proxy_mode()
+    if mode is None:
+        return None
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    return mode.tracer if context is None else context
+
+
+def traced_graph() -> Any:
+    """The FX graph that ops are being recorded into, or None."""
+    mode = proxy_mode()
+    return None if mode is None else mode.tracer.graph
+
+
+def keep_when_dead(op: Any) -> None:
+    """Make every FX pass keep calls of `op` whose results nobody uses."""
+    torch.fx.node.has_side_effect(op)
+
+
+def stash_for_engine_threads(key: str, value: Any) -> None:
+    """Store `value` where torch's autograd threads find it while they work for this thread."""
+    torch._C._stash_obj_in_tls(key, value)
+
+
+def stashed(key: str) -> Any:
+    """What `stash_for_engine_threads` stored in this thread or the one it works for, or None."""
+    return torch._C._get_obj_in_tls(key) if torch._C._is_key_in_tls(key) else None
