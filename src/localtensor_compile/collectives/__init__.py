@@ -1,1 +1,1 @@
-"""Collectives on the shards of all ranks: groups, reduction orders, custom ops, c10d entry points."""
+"""Collectives on the shards of all ranks: groups, reduction orders, ops, entry points."""

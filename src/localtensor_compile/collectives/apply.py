@@ -5,7 +5,6 @@ Checks that the ranks agree where a real collective would otherwise fail, hang o
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,13 +16,6 @@ from ..values.ranked import per_rank_values
 from ..values.tensor import LocalTensor, _wrap
 from .groups import Groups, groups_of
 from .ops import OPS
-
-
-class _Settings(threading.local):
-    order = "gloo"  # association order of floating point reductions; LocalTensorMode sets it
-
-
-settings = _Settings()
 
 REDUCE_OPS = ("sum", "avg", "product", "min", "max", "band", "bor", "bxor")
 
@@ -87,17 +79,16 @@ def _equal_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return all(x is y or bool(x == y) for x, y in zip(a, b))
 
 
-def run(op: Any, tensor: LocalTensor, groups: Groups, *options: Any, ordered: bool = False) -> LocalTensor:
+def run(op: Any, tensor: LocalTensor, groups: Groups, *options: Any) -> LocalTensor:
     """Run localtensor::`op` on `tensor`; `options` stand before the groups."""
     shards = tensor._local_tensors
-    args = (list(shards.values()), *options, list(groups.positions), groups.size)
-    out = op(*args, settings.order) if ordered else op(*args)
+    out = op(list(shards.values()), *options, list(groups.positions), groups.size)
     return _wrap(dict(zip(shards, out)))
 
 
 def all_reduce(tensor: LocalTensor, op: str, groups: Groups, what: str) -> LocalTensor:
     require_same_shape(tensor, groups, what, slice(None))
-    return run(OPS.all_reduce.default, tensor, groups, checked_op(op), ordered=True)
+    return run(OPS.all_reduce.default, tensor, groups, checked_op(op))
 
 
 def all_gather(tensor: LocalTensor, groups: Groups, what: str) -> LocalTensor:
@@ -115,7 +106,7 @@ def reduce_scatter(tensor: LocalTensor, op: str, groups: Groups, what: str) -> L
             f"{what} splits dimension 0 into {groups.size} equal parts, one per rank of the group, "
             f"but its size is {first.shape[0]}. Pad it to a multiple of {groups.size}."
         )
-    return run(OPS.reduce_scatter.default, tensor, groups, checked_op(op), ordered=True)
+    return run(OPS.reduce_scatter.default, tensor, groups, checked_op(op))
 
 
 def require_rows(tensor: LocalTensor, what: str) -> None:
@@ -147,7 +138,11 @@ def all_to_all_single(
     require_rows(tensor, what)
     require_same_shape(tensor, groups, what, slice(1, None))
     size = groups.size
-    sent = {r: _splits(input_splits, t.shape[0], size, r, what) for r, t in tensor._local_tensors.items() if r in groups.members}
+    sent = {
+        r: _splits(input_splits, t.shape[0], size, r, what)
+        for r, t in tensor._local_tensors.items()
+        if r in groups.members
+    }
     received = None
     if output_splits:
         received = {r: _splits(output_splits, None, size, r, what) for r in sent}
@@ -172,9 +167,7 @@ def all_to_all_single(
                     )
     flat = [s for r in tensor._local_tensors for s in sent.get(r, [0] * size)]
     shards = tensor._local_tensors
-    out = OPS.all_to_all_single.default(
-        list(shards.values()), flat, list(groups.positions), size
-    )
+    out = OPS.all_to_all_single.default(list(shards.values()), flat, list(groups.positions), size)
     return _wrap(dict(zip(shards, out)))
 
 
@@ -208,7 +201,9 @@ def _on_rank(value: Any, rank: int) -> Any:
     return int(value) if isinstance(value, torch.Tensor) else value
 
 
-def map_tensors(tensors: Sequence[Any], fn: Callable[[LocalTensor], LocalTensor], what: str) -> list[LocalTensor]:
+def map_tensors(
+    tensors: Sequence[Any], fn: Callable[[LocalTensor], LocalTensor], what: str
+) -> list[LocalTensor]:
     return [fn(local(t, what)) for t in tensors]
 
 

@@ -98,9 +98,7 @@ def _reduce_(
     source, op = _reduced(tensor, reduce_op)
     apply.require_same_shape(source, groups, "reduce", slice(None))
     _check_root(root_rank, groups, "reduce")
-    result = apply.run(
-        OPS.reduce.default, source, groups, apply.checked_op(op), root_rank, ordered=True
-    )
+    result = apply.run(OPS.reduce.default, source, groups, apply.checked_op(op), root_rank)
     apply.copy_into(tensor, result, [g[root_rank] for g in groups.ranks], "reduce")
     return completed_work(tensors)
 
@@ -268,9 +266,7 @@ def _reduce_scatter_(
         shards = [s._local_tensors[r] for r in output._local_tensors for s, _op in sources]
         op = apply.checked_op(sources[0][1])
         flat = iter(
-            OPS.reduce_scatter_list.default(
-                shards, op, list(groups.positions), groups.size, apply.settings.order
-            )
+            OPS.reduce_scatter_list.default(shards, op, list(groups.positions), groups.size)
         )
         _write_lists([output], flat, groups, what)
     return output_tensors, completed_work(output_tensors)
@@ -333,9 +329,7 @@ def _alltoall_base_(
 ) -> Any:
     what = "all_to_all_single"
     tensor, groups = _operand(input, process_group, what)
-    result = apply.all_to_all_single(
-        tensor, output_split_sizes, input_split_sizes, groups, what
-    )
+    result = apply.all_to_all_single(tensor, output_split_sizes, input_split_sizes, groups, what)
     apply.copy_into(output, result, groups.members, what)
     return completed_work([output])
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .._torch import resolve_group
+from .._torch import group_ranks, resolve_group
 from ..errors import CollectiveError
+from ..values import tensor
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,19 @@ def register_family(group_name: str, groups: Iterable[Iterable[int]]) -> None:
     family = tuple(tuple(int(r) for r in group) for group in groups)
     _registry.families[group_name] = family
     _registry.found.clear()
+
+
+def fingerprint(ranks: Sequence[int] = ()) -> str:
+    """Text that tells apart worlds in which one group name stands for different groups.
+
+    Part of the key of torch's compile caches: graphs name a group, compiled code holds its ranks.
+    """
+    _registry.refresh()
+    if not dist.is_initialized():
+        return f"ranks={list(ranks)}"
+    made = {str(pg.group_name): sorted(ranks_) for pg, ranks_ in group_ranks().items()}
+    families = sorted(_registry.families.items())
+    return f"ranks={list(ranks)};groups={sorted(made.items())};families={families}"
 
 
 def groups_of(group: Any, ranks: Sequence[int]) -> Groups:
@@ -185,3 +199,6 @@ def _coordinates(dims: list[tuple[int, int]]) -> list[tuple[int, ...]]:
     for extent, stride in dims:
         coordinates = [(*c, i * stride) for i in range(extent) for c in coordinates]
     return coordinates
+
+
+tensor.cache_key_context = fingerprint

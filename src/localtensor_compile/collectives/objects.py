@@ -21,7 +21,9 @@ def _groups(group: Any, world_ranks: tuple[int, ...]) -> Groups:
     return groups_of(dist.group.WORLD if group is None else group, world_ranks)
 
 
-def _received(obj: Any, groups: Groups, ranks: tuple[int, ...], sender: Callable[[Any], int]) -> Any:
+def _received(
+    obj: Any, groups: Groups, ranks: tuple[int, ...], sender: Callable[[Any], int]
+) -> Any:
     """What every rank holds after `obj` of `sender(its group)` arrives."""
     if ranks_of(obj) is None:
         return copy.deepcopy(obj)
@@ -51,7 +53,9 @@ def _root(root: int | None, group_root: int | None, groups: Groups) -> int:
     )
 
 
-def all_gather_object(ranks: tuple[int, ...], object_list: list[Any], obj: Any, group: Any = None) -> None:
+def all_gather_object(
+    ranks: tuple[int, ...], object_list: list[Any], obj: Any, group: Any = None
+) -> None:
     groups = _groups(group, ranks)
     if len(object_list) != groups.size:
         raise CollectiveError(

@@ -8,6 +8,7 @@ Inductor a decomposition turns the ops into tensor math, where they fuse (compil
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,16 @@ import torch
 from torch import Tensor
 
 from .reduction import reduce_shards
+
+
+class _Settings(threading.local):
+    order = "gloo"
+    """Association order of floating point reductions when an op runs; LocalTensorMode sets it.
+
+    Not an argument of the ops: a compiled artifact follows the mode that it runs in."""
+
+
+settings = _Settings()
 
 NAMESPACE = "localtensor"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -60,13 +71,11 @@ def _fake_same(shards: Shards, *rest: Any, **options: Any) -> list[Tensor]:
     return [_like(t) for t in shards]
 
 
-@_op("all_reduce(Tensor[] shards, str op, int[] groups, int group_size, str order='gloo')", _fake_same)
-def all_reduce(
-    shards: Shards, op: str, groups: Sequence[int], group_size: int, order: str = "gloo"
-) -> list[Tensor]:
+@_op("all_reduce(Tensor[] shards, str op, int[] groups, int group_size)", _fake_same)
+def all_reduce(shards: Shards, op: str, groups: Sequence[int], group_size: int) -> list[Tensor]:
     out: list[Any] = [None] * len(shards)
     for group in chunks(groups, group_size):
-        result = reduce_shards([shards[i] for i in group], op, order=order)
+        result = reduce_shards([shards[i] for i in group], op, order=settings.order)
         for k, i in enumerate(group):
             out[i] = _copy(result) if k else result
     return _fill(out, shards)
@@ -78,7 +87,7 @@ def _fill(out: list[Any], shards: Shards) -> list[Tensor]:
 
 
 @_op(
-    "reduce(Tensor[] shards, str op, int root, int[] groups, int group_size, str order='gloo')",
+    "reduce(Tensor[] shards, str op, int root, int[] groups, int group_size)",
     _fake_same,
 )
 def reduce(
@@ -87,16 +96,15 @@ def reduce(
     root: int,
     groups: Sequence[int],
     group_size: int,
-    order: str = "gloo",
 ) -> list[Tensor]:
     out: list[Any] = [None] * len(shards)
     for group in chunks(groups, group_size):
-        out[group[root]] = reduce_shards([shards[i] for i in group], op, order=order)
+        out[group[root]] = reduce_shards([shards[i] for i in group], op, order=settings.order)
     return _fill(out, shards)
 
 
 def _fake_reduce_scatter(
-    shards: Shards, op: str, groups: Sequence[int], group_size: int, order: str = "gloo"
+    shards: Shards, op: str, groups: Sequence[int], group_size: int
 ) -> list[Tensor]:
     members = set(groups)
     return [
@@ -106,16 +114,14 @@ def _fake_reduce_scatter(
 
 
 @_op(
-    "reduce_scatter(Tensor[] shards, str op, int[] groups, int group_size, str order='gloo')",
+    "reduce_scatter(Tensor[] shards, str op, int[] groups, int group_size)",
     _fake_reduce_scatter,
 )
-def reduce_scatter(
-    shards: Shards, op: str, groups: Sequence[int], group_size: int, order: str = "gloo"
-) -> list[Tensor]:
+def reduce_scatter(shards: Shards, op: str, groups: Sequence[int], group_size: int) -> list[Tensor]:
     """Equal chunks along dimension 0 of the group's reduction."""
     out: list[Any] = [None] * len(shards)
     for group in chunks(groups, group_size):
-        result = reduce_shards([shards[i] for i in group], op, order=order)
+        result = reduce_shards([shards[i] for i in group], op, order=settings.order)
         rows = result.shape[0] // group_size
         for k, i in enumerate(group):
             out[i] = _copy(result.narrow(0, k * rows, rows))
@@ -123,7 +129,7 @@ def reduce_scatter(
 
 
 def _fake_reduce_scatter_list(
-    shards: Shards, op: str, groups: Sequence[int], group_size: int, order: str = "gloo"
+    shards: Shards, op: str, groups: Sequence[int], group_size: int
 ) -> list[Tensor]:
     return [
         _like(shards[i * group_size + k])
@@ -133,18 +139,18 @@ def _fake_reduce_scatter_list(
 
 
 @_op(
-    "reduce_scatter_list(Tensor[] shards, str op, int[] groups, int group_size, str order='gloo')",
+    "reduce_scatter_list(Tensor[] shards, str op, int[] groups, int group_size)",
     _fake_reduce_scatter_list,
 )
 def reduce_scatter_list(
-    shards: Shards, op: str, groups: Sequence[int], group_size: int, order: str = "gloo"
+    shards: Shards, op: str, groups: Sequence[int], group_size: int
 ) -> list[Tensor]:
     """`shards[p*group_size + k]` is what position p sends to member k of its group.
 
     One result per group member, group after group.
     """
     return [
-        reduce_shards([shards[i * group_size + k] for i in group], op, order=order)
+        reduce_shards([shards[i * group_size + k] for i in group], op, order=settings.order)
         for group in chunks(groups, group_size)
         for k in range(group_size)
     ]
@@ -192,9 +198,7 @@ def _fake_broadcast(
 
 
 @_op("broadcast(Tensor[] shards, int root, int[] groups, int group_size)", _fake_broadcast)
-def broadcast(
-    shards: Shards, root: int, groups: Sequence[int], group_size: int
-) -> list[Tensor]:
+def broadcast(shards: Shards, root: int, groups: Sequence[int], group_size: int) -> list[Tensor]:
     """`root` is a group rank."""
     out: list[Any] = [None] * len(shards)
     for group in chunks(groups, group_size):
@@ -302,10 +306,10 @@ def _autograd(name: str, backward: Callable[..., Any]) -> None:
 
 
 def _all_reduce_backward(ctx: Any, grads: Any) -> Any:
-    op, groups, size, order = ctx.options
+    op, groups, size = ctx.options
     if op not in ("sum", "avg"):
         raise NotImplementedError(f"the backward of localtensor::all_reduce with op {op!r}")
-    return OPS.all_reduce(list(grads), op, groups, size, order), None, None, None, None
+    return OPS.all_reduce(list(grads), op, groups, size), None, None, None
 
 
 def _all_gather_backward(ctx: Any, grads: Any) -> Any:
@@ -314,11 +318,11 @@ def _all_gather_backward(ctx: Any, grads: Any) -> Any:
 
 
 def _reduce_scatter_backward(ctx: Any, grads: Any) -> Any:
-    op, groups, size, _ = ctx.options
+    op, groups, size = ctx.options
     if op not in ("sum", "avg"):
         raise NotImplementedError(f"the backward of localtensor::reduce_scatter with op {op!r}")
     out = OPS.all_gather(list(grads), groups, size)
-    return [g / size for g in out] if op == "avg" else out, None, None, None, None
+    return [g / size for g in out] if op == "avg" else out, None, None, None
 
 
 def _all_to_all_backward(ctx: Any, grads: Any) -> Any:

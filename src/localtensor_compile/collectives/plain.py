@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from .._torch import finished_work, reduce_op_of
 from ..errors import PlainTensorError
 from ..values.tensor import LocalTensor
-from .apply import settings
+from .ops import settings
 from .reduction import reduce_shards
 
 # Method names of ProcessGroup, old and new spellings.
@@ -47,7 +47,9 @@ def collective(name: str, group: Any, args: Sequence[Any], kwargs: dict[str, Any
         for t in tensors:
             source = t if factor is None else (t * factor).to(t.dtype)
             copies = [source] * group.size()
-            t.copy_(reduce_shards(copies, "sum" if factor is not None else op, order=settings.order))
+            t.copy_(
+                reduce_shards(copies, "sum" if factor is not None else op, order=settings.order)
+            )
         return finished_work(tensors)
     if name == "broadcast":
         return finished_work(tensors)

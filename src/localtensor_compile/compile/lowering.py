@@ -10,34 +10,32 @@ before anything compiles: `register()` runs when the package is imported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..collectives import ops
-from ..collectives.ops import OPS, chunks
+from ..collectives.ops import OPS, chunks, settings
 from ..collectives.reduction import reduce_shards
 
 Shards = Sequence[Tensor]
 
 
-def all_reduce(
-    shards: Shards, op: str, groups: Sequence[int], group_size: int, order: str = "gloo"
-) -> list[Tensor]:
-    return ops.all_reduce(shards, op, groups, group_size, "rank_order")
+def _left_fold(kernel: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    @functools.wraps(kernel)
+    def decomposition(*args: Any) -> list[Tensor]:
+        before, settings.order = settings.order, "rank_order"
+        try:
+            return kernel(*args)
+        finally:
+            settings.order = before
+
+    return decomposition
 
 
-def reduce(
-    shards: Shards, op: str, root: int, groups: Sequence[int], group_size: int, order: str = "gloo"
-) -> list[Tensor]:
-    return ops.reduce(shards, op, root, groups, group_size, "rank_order")
-
-
-def reduce_scatter(
-    shards: Shards, op: str, groups: Sequence[int], group_size: int, order: str = "gloo"
-) -> list[Tensor]:
+def reduce_scatter(shards: Shards, op: str, groups: Sequence[int], group_size: int) -> list[Tensor]:
     """Each rank's slice is reduced by itself, so that no rank computes the whole."""
     out: list[Any] = [None] * len(shards)
     for group in chunks(groups, group_size):
@@ -48,17 +46,11 @@ def reduce_scatter(
     return [t.clone() if o is None else o for o, t in zip(out, shards)]
 
 
-def reduce_scatter_list(
-    shards: Shards, op: str, groups: Sequence[int], group_size: int, order: str = "gloo"
-) -> list[Tensor]:
-    return ops.reduce_scatter_list(shards, op, groups, group_size, "rank_order")
-
-
 _DECOMPOSITIONS: dict[Any, Any] = {
-    OPS.all_reduce.default: all_reduce,
-    OPS.reduce.default: reduce,
+    OPS.all_reduce.default: _left_fold(ops.all_reduce),
+    OPS.reduce.default: _left_fold(ops.reduce),
     OPS.reduce_scatter.default: reduce_scatter,
-    OPS.reduce_scatter_list.default: reduce_scatter_list,
+    OPS.reduce_scatter_list.default: _left_fold(ops.reduce_scatter_list),
     OPS.all_gather.default: ops.all_gather,
     OPS.all_gather_list.default: ops.all_gather_list,
     OPS.broadcast.default: ops.broadcast,
@@ -77,4 +69,3 @@ def register() -> None:
 
 
 register()
-

@@ -8,7 +8,8 @@ them: running ops there corrupts functionalization.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from .int_node import LocalIntNode, LocalNode, make_int
 from .op_table import _chosen, handler_of
 
 _PREFIX = "_local_tensor_"
+
+cache_key_context: Callable[[], str] = str
+"""Text about the world that compiled code depends on; set by collectives.groups."""
 
 # Tensor types that may be a shard.
 _SHARD_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor)
@@ -97,6 +101,17 @@ class LocalTensor(Tensor):
                 ):
                     mine.node._outer_expr = outer.node.expr
         return result
+
+    def _stable_hash_for_caching(self) -> str:
+        """What compiled code depends on, as text that is the same in every process."""
+        shards = [
+            (r, type(t).__name__, str(tuple(t.shape)), str(t.stride()), str(t.storage_offset()))
+            for r, t in self._local_tensors.items()
+        ]
+        first = next(iter(self._local_tensors.values()))
+        kind = (str(self.dtype), str(self.device), str(self.layout), str(_extra_keys(first)))
+        text = f"LocalTensor;{kind};{shards};{self.requires_grad};{cache_key_context()}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def __coerce_same_metadata_as_tangent__(
         self, metadata: Any, expected_type: type | None = None

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..collectives import apply
+from ..collectives import groups, ops
 from ..errors import WorldError
 from ..values.ranked import pick
 from ..values.tensor import LocalTensor
@@ -82,9 +82,12 @@ class LocalTensorMode:
             stack.callback(modes.pop)
             stack.callback(setattr, self, "_disable", self._disable)
             self._disable = False
-            stack.callback(setattr, apply.settings, "order", apply.settings.order)
-            apply.settings.order = self.reduction
+            stack.callback(setattr, ops.settings, "order", ops.settings.order)
+            ops.settings.order = self.reduction
             stack.enter_context(torch_hooks.installed())
+            stack.enter_context(
+                torch_hooks.cache_key(lambda: groups.fingerprint(self._sorted_ranks))
+            )
             stack.enter_context(self._rng)
             stack.enter_context(self._function_mode)
             self._exits.append(stack.pop_all())
@@ -113,11 +116,11 @@ class LocalTensorMode:
     # ---- per-rank code
     def rank_map(self, cb: Callable[[int], Tensor]) -> LocalTensor:
         """The LocalTensor whose shard of rank r is `cb(r)`, run with the simulation disabled."""
-        return join_shards(self._sorted_ranks, [self._on_rank(r, cb, r) for r in self._sorted_ranks])
+        return join_shards(
+            self._sorted_ranks, [self._on_rank(r, cb, r) for r in self._sorted_ranks]
+        )
 
-    def tensor_map(
-        self, tensor: Tensor, cb: Callable[[int, Tensor], Tensor | None]
-    ) -> LocalTensor:
+    def tensor_map(self, tensor: Tensor, cb: Callable[[int, Tensor], Tensor | None]) -> LocalTensor:
         """The LocalTensor of `cb(r, shard of rank r)`; ranks where it is None are left out."""
         ranks: list[int] = []
         results: list[Tensor] = []

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..._torch import MAX_VERSION, MIN_VERSION, VERSION
@@ -96,6 +96,43 @@ def _replace(owner: Any, name: str, replacement: Any) -> Any:
             setattr(owner, name, before)
 
     return undo
+
+
+@contextlib.contextmanager
+def cache_key(text: Callable[[], str]) -> Iterator[None]:
+    """Context manager: compile caches tell this world from others.
+
+    `text()` is asked whenever a cache key is computed: groups are made while the mode is active.
+    """
+    import torch.compiler.config as config
+
+    before = config.cache_key_tag
+    config.cache_key_tag = _Tag(before, text)
+    try:
+        yield
+    finally:
+        config.cache_key_tag = before
+
+
+class _Tag(str):
+    """A string that is pickled with what its text is at that moment."""
+
+    def __new__(cls, before: str, text: Callable[[], str]) -> _Tag:
+        self = super().__new__(cls, before)
+        self.before, self.text = before, text
+        return self
+
+    before: str
+    text: Callable[[], str]
+
+    def __str__(self) -> str:
+        return f"{self.before}localtensor:{self.text()}"
+
+    def __format__(self, spec: str) -> str:
+        return str(self)
+
+    def __reduce__(self) -> Any:
+        return str, (str(self),)
 
 
 def init_simulated_process_group(world_size: int) -> None:

@@ -20,9 +20,9 @@ import torch.distributed.distributed_c10d as c10d
 
 from ...collectives import objects, plain
 from ...collectives.groups import register_family
+from ...compile.dynamo_support import rank_constant
 from ...values.int_node import is_ranked
 from ...values.tensor import LocalTensor
-from ...compile.dynamo_support import rank_constant
 from ..mesh import MeshMethods, per_rank_int, plain_mesh_args
 from ..state import enabled_local_tensor_mode
 
@@ -328,9 +328,7 @@ def _splits() -> Iterator[Replacement]:
     ) -> Any:
         sizes = [*(output_split_sizes or ()), *(input_split_sizes or ())]
         if not any(is_ranked(s) or isinstance(s, LocalTensor) for s in sizes):
-            return original(
-                output, input, output_split_sizes, input_split_sizes, group, async_op
-            )
+            return original(output, input, output_split_sizes, input_split_sizes, group, async_op)
         import torch.distributed._functional_collectives as funcol
 
         group = dist.group.WORLD if group is None else group

@@ -1,0 +1,126 @@
+"""What factories need from torch's private parts: answers for Dynamo, and torch.load.
+
+Dynamo traces the function mode's Python for every op. A question whose answer depends on what the
+traced values are (a per-rank number? a plain tensor?) is not traced but answered here, once, from
+Dynamo's own records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._device import DeviceContext
+
+from ...errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class TracedCall:
+    """A torch function call as Dynamo sees it: fake tensors and symbolic numbers as arguments.
+
+    `caller` is the module of the code that makes the call. Arguments that are neither tensors nor
+    numbers nor sequences of those are None.
+    """
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    caller: str | None
+
+
+def decided_while_tracing(
+    decide: Callable[[TracedCall], str | None],
+) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], str | None]:
+    """A function (func, args, kwargs) -> decide(call) that traced code may call.
+
+    The answer is a constant of the traced frame. Outside of Dynamo's tracing it answers None.
+    """
+
+    def question(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        return None
+
+    def answer(_: Any, tx: Any, func: Any, args: Any, kwargs: Any) -> Any:
+        caller = tx.parent.f_globals.get("__name__") if tx.parent is not None else None
+        call = TracedCall(_python(func), _example(args), _examples_by_name(kwargs), caller)
+        return _constant(tx, decide(call))
+
+    return _answered(question, answer)
+
+
+def _default_device() -> torch.device | None:
+    """The device of torch.set_default_device or `with torch.device(...)` while Dynamo traces."""
+    return None
+
+
+def _traced_default_device(_: Any, tx: Any) -> Any:
+    for variable in tx.symbolic_torch_function_state.mode_stack:
+        mode = variable.realize()
+        if not isinstance(mode.value, DeviceContext):
+            if mode.value is None:  # how Dynamo marks a device context that the frame itself made
+                raise UnsupportedError(
+                    "torch.set_default_device inside a compiled function has no effect on "
+                    "factories per rank. Call it before the compiled function, or pass device=."
+                )
+            continue
+        from torch._dynamo.variables.base import VariableTracker
+
+        get = VariableTracker.build(tx, getattr)
+        return get.call_function(tx, [mode, _constant(tx, "device")], {})
+    return _constant(tx, None)
+
+
+def _constant(tx: Any, value: Any) -> Any:
+    from torch._dynamo.variables.base import VariableTracker
+
+    return VariableTracker.build(tx, value)
+
+
+def _answered(question: Any, answer: Callable[..., Any]) -> Any:
+    """Make Dynamo call `answer(variable, tx, *variables)` where traced code calls `question`."""
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+    question = torch.compiler.allow_in_graph(question)
+    # A table from functions to handlers that is built once; ours is the only entry we touch.
+    TorchInGraphFunctionVariable._get_handlers()[question] = answer
+    return question
+
+
+def _python(variable: Any) -> Any:
+    """The function that a Dynamo variable stands for, or None."""
+    try:
+        return variable.as_python_constant()
+    except NotImplementedError:  # Dynamo's "this is not a constant"
+        return None
+
+
+def _example(variable: Any) -> Any:
+    from torch._dynamo import variables
+
+    variable = variable.realize()
+    if isinstance(variable, variables.SymNodeVariable):
+        return variable.sym_num
+    if isinstance(variable, variables.TensorVariable):
+        return variable.as_proxy().node.meta.get("example_value")
+    if isinstance(variable, variables.SliceVariable):
+        return slice(*(_example(v) for v in variable.items))
+    if isinstance(variable, variables.BaseListVariable):
+        return tuple(_example(v) for v in variable.items)
+    if isinstance(variable, variables.ConstantVariable):
+        return variable.value
+    return None
+
+
+def _examples_by_name(kwargs: Any) -> dict[str, Any]:
+    return {key.vt.as_python_constant(): _example(v) for key, v in kwargs.realize().items.items()}
+
+
+default_device = _answered(_default_device, _traced_default_device)
+
+
+def replacements() -> Iterator[tuple[Any, str, Any]]:
+    from ..loading import load_per_rank
+
+    yield torch, "load", load_per_rank(torch.load)
