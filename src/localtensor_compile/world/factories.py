@@ -1,51 +1,58 @@
 """Tensor factories per rank: torch.zeros and its siblings make a LocalTensor inside a world.
 
 A torch function mode, because Dynamo traces those, and because nothing below it wraps: what
-AOTAutograd, Inductor or an op's own implementation allocates stays plain. Ops that get a per-rank
-number pass through here too, on their way to rank_numbers.py. Random factories are drawn in
-dispatch/random_ops.py.
+AOTAutograd, Inductor or an op's own implementation allocates stays plain. Functions that get a
+per-rank number pass through here too, on their way to rank_numbers.py. Random factories are drawn
+in dispatch/random_ops.py.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import SymFloat, SymInt, Tensor
+import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..errors import UnsupportedError, per_rank_text
-from ..values.int_node import is_ranked
-from ..values.ranked import pick
+from ..errors import UnsupportedError
+from ..values.ranked import pick_tree
 from ..values.tensor import LocalTensor, _checked_shards, _wrap
-from .rank_numbers import BY_INDEX, MAY_HOLD_NUMBERS, call_with_numbers, holds_rank_number
-from .state import local_tensor_mode
-from .torch_hooks.factories import (
-    answered_by_dynamo,
-    default_device_while_tracing,
-    rewritten_while_tracing,
+from .rank_numbers import (
+    BY_INDEX,
+    MAY_HOLD_NUMBERS,
+    call_with_numbers,
+    holds_rank_number,
+    is_plain,
+    name_of,
+    rank_numbers_in_index,
+    tensor_on_rank,
 )
+from .state import local_tensor_mode
+from .torch_hooks.factories import TracedCall, decided_while_tracing, default_device, redispatch
 
 Ranks = tuple[int, ...]
 Builder = Callable[[Any, Ranks, tuple[Any, ...], dict[str, Any]], Any]
-"""build(torch function, ranks, args, kwargs) -> LocalTensor, or what the function itself gives."""
+"""build(torch function, ranks, args, kwargs): a LocalTensor, or what the function itself gives."""
 
 
 class FactoryMode(TorchFunctionMode):
-    """Makes factories per rank while `mode` is enabled and is the innermost world of its thread.
+    """Makes factories per rank while `mode` is enabled and the innermost world of its thread.
 
-    A factory that is given no tensor makes a shard per rank; sizes, values and bounds may be
-    per-rank numbers. What takes a tensor follows that tensor: `zeros_like(plain)`,
-    `plain.new_zeros(2)` and `plain.clone()` stay plain, which stands for the same value on every
-    rank. `torch.from_numpy`, `torch.frombuffer`, `torch.from_dlpack` and the legacy constructors
-    `torch.Tensor(...)`, `torch.FloatTensor(...)` cannot be overridden and stay plain;
-    `as_tensor(plain)` is `plain` itself. Plain tensors cannot be written with per-rank data:
-    dispatch raises PlainTensorError.
+    A factory makes a shard of its own for each rank; sizes, bounds and values may be per-rank
+    numbers. What takes a tensor follows that tensor: `zeros_like(plain)`, `plain.new_zeros(2)` and
+    `plain.clone()` stay plain, and a plain tensor stands for the same value on every rank.
 
-    Factories called by torch's own machinery (compiler, optimizers, device meshes) stay plain.
+    - `torch.tensor(plain)` copies to every rank. `torch.as_tensor(plain)` is `plain` itself, as it
+      always is. `as_tensor` and `asarray` of a NumPy array copy to every rank: the one memory of
+      the array cannot be that of several shards.
+    - `torch.from_numpy`, `frombuffer`, `from_dlpack` and the legacy constructors
+      `torch.Tensor(...)`, `torch.FloatTensor(...)` cannot be overridden and stay plain.
+    - Sparse tensors stay plain.
+    - Factories that torch's own machinery calls (compiler, optimizers, meshes) stay plain.
 
     Args:
         mode: has `ranks`, a set of ints, and `_disable`, a bool that is read at each call.
@@ -66,22 +73,16 @@ class FactoryMode(TorchFunctionMode):
         if kwargs is None:
             kwargs = {}
         if torch.compiler.is_dynamo_compiling():
-            name = rewritten(func, args, kwargs)
+            name = _rewritten(func, args, kwargs)
             if name is None:
                 return func(*args, **kwargs)
             device = default_device()
             if self.mode._disable:
                 return as_written(name, args, kwargs, device)
             return on_ranks(name, self.ranks, args, kwargs, device)
-        build = _BUILDERS.get(func)
-        if build is not None:
-            if (
-                self.mode._disable
-                or self.mode is not local_tensor_mode()
-                or _is_internal(sys._getframe(1).f_globals.get("__name__"))
-            ):
-                return func(*args, **kwargs)
-            return build(func, self.ranks, args, kwargs)
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            return handler(self, func, args, kwargs)
         for arg in args:
             if arg.__class__ in MAY_HOLD_NUMBERS and holds_rank_number(arg):
                 return call_with_numbers(func, args, kwargs)
@@ -89,7 +90,310 @@ class FactoryMode(TorchFunctionMode):
             for arg in kwargs.values():
                 if arg.__class__ in MAY_HOLD_NUMBERS and holds_rank_number(arg):
                     return call_with_numbers(func, args, kwargs)
-        by_index = BY_INDEX.get(func)
-        if by_index is not None:
-            return by_index(func, args, kwargs)
         return func(*args, **kwargs)
+
+
+# ---------------------------------------------------------------- handlers of eager calls
+def _factory(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if (
+        mode.mode._disable
+        or mode.mode is not local_tensor_mode()
+        # Two frames up: __torch_function__, then the code that called the factory.
+        or _is_internal(sys._getframe(2).f_globals.get("__name__"))
+    ):
+        return func(*args, **kwargs)
+    return _BUILDERS[func](func, mode.ranks, args, kwargs)
+
+
+def _index(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    index = rank_numbers_in_index(args[1])
+    if holds_rank_number((index, *args[2:])):
+        return call_with_numbers(func, (args[0], index, *args[2:]), kwargs)
+    return func(*args, **kwargs)
+
+
+def _reentered(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A function in Python that calls factories: torch runs it with the mode off, this does not."""
+    with mode:
+        return redispatch(func, (), args, kwargs)
+
+
+# ---------------------------------------------------------------- while Dynamo traces
+def _decide(call: TracedCall) -> str | None:
+    """The name of a call that becomes one opaque node, or None for a call left as it is."""
+    func, args, kwargs = call.func, call.args, call.kwargs
+    try:
+        factory = func in _BUILDERS
+    except TypeError:  # not hashable
+        return None
+    if factory:
+        if (
+            kwargs.get("out") is not None
+            or kwargs.get("requires_grad")
+            or _is_internal(call.caller)
+        ):
+            return None  # Dynamo itself breaks the graph at requires_grad=True
+        return name_of(func)
+    values = (*args, *kwargs.values())
+    if not any(v.__class__ in MAY_HOLD_NUMBERS and holds_rank_number(v) for v in values):
+        return None
+    if func in BY_INDEX:
+        return name_of(func)
+    tensors = [t for t in torch.utils._pytree.tree_leaves(values) if isinstance(t, Tensor)]
+    return name_of(func) if tensors and all(is_plain(t) for t in tensors) else None
+
+
+_rewritten = decided_while_tracing(_decide)
+
+
+@torch.compiler.allow_in_graph
+def on_ranks(
+    name: str, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any], device: Any
+) -> Any:
+    """The torch function called `name` on all ranks: one node in Dynamo's graph.
+
+    AOTAutograd traces through it and sees one aten op per rank. The function mode is off inside,
+    also where the node itself runs (backend="eager"), so that nothing is wrapped twice.
+    """
+    func = _function(name)
+    with torch._C.DisableTorchFunction():
+        build = _BUILDERS.get(func)
+        if build is None:
+            return call_with_numbers(func, args, kwargs)
+        return build(func, ranks, args, _with_device(kwargs, device))
+
+
+@torch.compiler.allow_in_graph
+def as_written(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: Any) -> Any:
+    """The same for a factory in a region where the simulation is disabled: a plain tensor."""
+    func = _function(name)
+    with torch._C.DisableTorchFunction():
+        return func(*args, **(_with_device(kwargs, device) if func in _BUILDERS else kwargs))
+
+
+def _function(name: str) -> Any:
+    return attrgetter(name.removeprefix("torch."))(torch)
+
+
+def _with_device(kwargs: dict[str, Any], device: Any) -> dict[str, Any]:
+    if device is None or kwargs.get("device") is not None:
+        return kwargs
+    return {**kwargs, "device": device}
+
+
+# ---------------------------------------------------------------- who calls
+# Parts of torch whose factories are their own business: what they allocate is the same on all
+# ranks, or is given to code that knows nothing of ranks. torch.optim is here because its step
+# counters are the same on all ranks and serve plain parameters too; Dynamo runs an optimizer's
+# initialization outside of every mode, so this is also what happens when a step is compiled.
+_INTERNAL = (
+    "localtensor_compile",
+    "torch._decomp",
+    "torch._dynamo",
+    "torch._export",
+    "torch._functorch",
+    "torch._higher_order_ops",
+    "torch._inductor",
+    "torch._library",
+    "torch._meta_registrations",
+    "torch._prims",
+    "torch._prims_common",
+    "torch._refs",
+    "torch._subclasses",
+    "torch._tensor_str",
+    "torch._utils",
+    "torch.compiler",
+    "torch.cuda",
+    "torch.distributed._local_tensor",
+    "torch.distributed.device_mesh",
+    "torch.distributed.tensor._op_schema",
+    "torch.distributed.tensor._sharding_prop",
+    "torch.export",
+    "torch.fx",
+    "torch.optim",
+    "torch.serialization",
+    "torch.testing._comparison",
+    "triton",
+)
+_internal: dict[str | None, bool] = {None: False}
+
+
+def _is_internal(module: str | None) -> bool:
+    found = _internal.get(module)
+    if found is None:
+        found = any(module == name or module.startswith(name + ".") for name in _INTERNAL)  # type: ignore[union-attr]
+        _internal[module] = found
+    return found
+
+
+# ---------------------------------------------------------------- builders
+def _each_rank(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the factory once per rank."""
+    if kwargs.get("out") is not None:
+        return func(*args, **kwargs)
+    kwargs, requires_grad = _without_grad(kwargs)
+    if not _holds_rank_value((args, kwargs)):
+        return _joined(func, {r: func(*args, **kwargs) for r in ranks}, requires_grad)
+    shards = {}
+    for r in ranks:
+        rank_args, rank_kwargs = pick_tree((args, kwargs), r)
+        shards[r] = func(*rank_args, **rank_kwargs)
+    return _joined(func, shards, requires_grad)
+
+
+def _each_rank_of_numbers(
+    func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """linspace, logspace: with a tensor as bound they are ops on that tensor."""
+    if any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
+        return func(*args, **kwargs)
+    return _each_rank(func, ranks, args, kwargs)
+
+
+def _tensor(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """torch.tensor: always a copy."""
+    data = args[0] if args else kwargs.get("data")
+    if isinstance(data, Tensor):
+        return _copies(func, ranks, args, kwargs) if is_plain(data) else func(*args, **kwargs)
+    if not _holds_rank_value(data):
+        return _copies(func, ranks, args, kwargs)
+    kwargs, requires_grad = _without_grad(kwargs)
+    dtype, device = kwargs.get("dtype"), kwargs.get("device")
+    shards = {r: tensor_on_rank(data, r, dtype, device) for r in ranks}
+    return _joined(func, shards, requires_grad)
+
+
+def _new_tensor(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """x.new_tensor(data): torch.tensor with the dtype and device of x."""
+    like, *data = args
+    if is_plain(like) and not _holds_rank_value((data, kwargs)):
+        return func(*args, **kwargs)
+    if isinstance(like, LocalTensor):
+        ranks = tuple(like._local_tensors)
+    kwargs = {"dtype": like.dtype, "device": like.device, **kwargs}
+    return _tensor(torch.tensor, ranks, tuple(data), kwargs)
+
+
+def _new(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """x.new(sizes) or x.new(data), the legacy form of new_empty and new_tensor."""
+    like, *data = args
+    if not isinstance(like, LocalTensor):
+        return func(*args, **kwargs)
+    if len(data) == 1 and not isinstance(data[0], (int, torch.SymInt, torch.Size)):
+        return _new_tensor(func, ranks, args, kwargs)
+    return like.new_empty(*data or (0,), **kwargs)
+
+
+def _as_tensor(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """torch.as_tensor, torch.asarray: a tensor is passed on as torch does."""
+    data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
+    if isinstance(data, Tensor) or kwargs.get("copy") is False:
+        return func(*args, **kwargs)
+    if _holds_rank_value(data):
+        return _each_rank(func, ranks, args, kwargs)
+    return _copies(func, ranks, args, kwargs)
+
+
+def _copies(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the factory once and give each rank a copy."""
+    kwargs, requires_grad = _without_grad(kwargs)
+    made = func(*args, **kwargs).detach()
+    return _joined(func, {r: made.clone() for r in ranks}, requires_grad)
+
+
+def _sparse(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Sparse tensors stay plain: a LocalTensor holds dense shards."""
+    if _holds_rank_value((args, kwargs)):
+        raise _dense_only(func)
+    return func(*args, **kwargs)
+
+
+def _dense_only(func: Any) -> UnsupportedError:
+    return UnsupportedError(
+        f"{name_of(func)} would make a sparse tensor per rank, but a LocalTensor holds dense "
+        "shards only. Build it inside tensor_map and return a dense result, or use a sparse_*_tensor "
+        "factory with the same values on all ranks."
+    )
+
+
+def _without_grad(kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Shards never require grad: autograd works on the LocalTensor."""
+    if "requires_grad" not in kwargs:
+        return kwargs, False
+    rest = {k: v for k, v in kwargs.items() if k != "requires_grad"}
+    return rest, bool(kwargs["requires_grad"])
+
+
+def _joined(func: Any, shards: dict[int, Tensor], requires_grad: bool) -> Any:
+    if any(t.layout is not torch.strided for t in shards.values()):
+        raise _dense_only(func)
+    return _wrap(_checked_shards(shards), requires_grad)
+
+
+def _holds_rank_value(value: Any) -> bool:
+    """Whether a nested structure holds a per-rank number or a LocalTensor."""
+    if isinstance(value, (list, tuple)):
+        return any(_holds_rank_value(v) for v in value)
+    if isinstance(value, dict):
+        return any(_holds_rank_value(v) for v in value.values())
+    return isinstance(value, LocalTensor) or (
+        value.__class__ in MAY_HOLD_NUMBERS and holds_rank_number(value)
+    )
+
+
+_BUILDERS: dict[Any, Builder] = {
+    **dict.fromkeys(
+        (
+            torch.arange,
+            torch.bartlett_window,
+            torch.blackman_window,
+            torch.empty,
+            torch.empty_permuted,
+            torch.empty_strided,
+            torch.eye,
+            torch.fft.fftfreq,
+            torch.fft.rfftfreq,
+            torch.full,
+            torch.hamming_window,
+            torch.hann_window,
+            torch.kaiser_window,
+            torch.ones,
+            torch.range,
+            torch.scalar_tensor,
+            torch.tril_indices,
+            torch.triu_indices,
+            torch.zeros,
+        ),
+        _each_rank,
+    ),
+    **dict.fromkeys((torch.linspace, torch.logspace), _each_rank_of_numbers),
+    **dict.fromkeys((torch.as_tensor, torch.asarray), _as_tensor),
+    **dict.fromkeys(
+        (
+            torch.sparse_bsc_tensor,
+            torch.sparse_bsr_tensor,
+            torch.sparse_compressed_tensor,
+            torch.sparse_coo_tensor,
+            torch.sparse_csc_tensor,
+            torch.sparse_csr_tensor,
+        ),
+        _sparse,
+    ),
+    torch.tensor: _tensor,
+    Tensor.new: _new,
+    Tensor.new_tensor: _new_tensor,
+}
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(_BUILDERS, _factory),
+    **dict.fromkeys((Tensor.__getitem__, Tensor.__setitem__), _index),
+    **dict.fromkeys(
+        (
+            F.embedding_bag,
+            F.fractional_max_pool2d_with_indices,
+            F.fractional_max_pool3d_with_indices,
+            F.multi_head_attention_forward,
+        ),
+        _reentered,
+    ),
+}

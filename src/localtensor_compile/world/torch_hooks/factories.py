@@ -117,6 +117,12 @@ def _examples_by_name(kwargs: Any) -> dict[str, Any]:
     return {key.vt.as_python_constant(): _example(v) for key, v in kwargs.realize().items.items()}
 
 
+def _call(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
+# Calls a Python-level torch function past its own check for function modes (since torch 2.13).
+redispatch: Callable[..., Any] = getattr(torch.overrides, "redispatch_function", _call)
 default_device = _answered(_default_device, _traced_default_device)
 
 
