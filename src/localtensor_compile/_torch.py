@@ -128,9 +128,10 @@ def finished_work(result: Any) -> Any:
 
 def group_ranks() -> dict[Any, dict[int, int]]:
     """{ProcessGroup: {global rank: group rank}} of every process group that exists."""
-    from torch.distributed.distributed_c10d import _world
+    from torch.distributed.distributed_c10d import GroupMember, _world
 
-    return dict(_world.pg_group_ranks)
+    # torch also records the groups that this process is no member of, under one marker.
+    return {g: r for g, r in _world.pg_group_ranks.items() if g != GroupMember.NON_GROUP_MEMBER}
 
 
 # ---- random ops in traced graphs (dispatch/random_nodes.py)

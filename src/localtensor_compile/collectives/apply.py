@@ -5,7 +5,7 @@ Checks that the ranks agree where a real collective would otherwise fail, hang o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -199,12 +199,6 @@ def _on_rank(value: Any, rank: int) -> Any:
         values = per_rank_values(value)
         value = value if values is None else values[rank]
     return int(value) if isinstance(value, torch.Tensor) else value
-
-
-def map_tensors(
-    tensors: Sequence[Any], fn: Callable[[LocalTensor], LocalTensor], what: str
-) -> list[LocalTensor]:
-    return [fn(local(t, what)) for t in tensors]
 
 
 def copy_into(target: Any, result: LocalTensor, ranks: Any, what: str) -> None:

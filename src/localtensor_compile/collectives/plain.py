@@ -62,9 +62,10 @@ def collective(name: str, group: Any, args: Sequence[Any], kwargs: dict[str, Any
             for output in outputs:
                 output.copy_(input)
         return finished_work(args[0])
+    shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
     raise PlainTensorError(
-        f"ProcessGroup.{name} on plain tensors of shape {tuple(tensors[0].shape) if tensors else ()} "
-        "would have another result on every rank, which a plain tensor cannot hold. Make the "
+        f"ProcessGroup.{name} on plain tensors of shapes {shapes} would have another result on "
+        "every rank, which a plain tensor cannot hold. Make the "
         "operands LocalTensors: create them inside LocalTensorMode, or with rank_map or "
         "replicate(tensor)."
     )

@@ -85,9 +85,7 @@ class LocalTensorMode:
             stack.callback(setattr, ops.settings, "order", ops.settings.order)
             ops.settings.order = self.reduction
             stack.enter_context(torch_hooks.installed())
-            stack.enter_context(
-                torch_hooks.cache_key(lambda: groups.fingerprint(self._sorted_ranks))
-            )
+            stack.enter_context(torch_hooks.cache_key(self._fingerprint))
             stack.enter_context(self._rng)
             stack.enter_context(self._function_mode)
             self._exits.append(stack.pop_all())
@@ -101,8 +99,11 @@ class LocalTensorMode:
     ) -> None:
         self._exits.pop().__exit__(exc_type, exc, traceback)
 
+    def _fingerprint(self) -> str:
+        return groups.fingerprint(self._sorted_ranks)
+
     def disable_(self) -> None:
-        """Stop simulating until `enable_`: factories make plain tensors, ranks are the process's."""
+        """Stop simulating until `enable_`: factories make plain tensors, the rank is one int."""
         self._disable = True
 
     def enable_(self) -> None:
@@ -116,9 +117,8 @@ class LocalTensorMode:
     # ---- per-rank code
     def rank_map(self, cb: Callable[[int], Tensor]) -> LocalTensor:
         """The LocalTensor whose shard of rank r is `cb(r)`, run with the simulation disabled."""
-        return join_shards(
-            self._sorted_ranks, [self._on_rank(r, cb, r) for r in self._sorted_ranks]
-        )
+        ranks = self._sorted_ranks
+        return join_shards(ranks, [self._on_rank(r, cb, r) for r in ranks])
 
     def tensor_map(self, tensor: Tensor, cb: Callable[[int, Tensor], Tensor | None]) -> LocalTensor:
         """The LocalTensor of `cb(r, shard of rank r)`; ranks where it is None are left out."""
@@ -185,7 +185,7 @@ def rank_map(cb: Callable[[int], Tensor]) -> Tensor:
 
 
 def tensor_map(tensor: Tensor, cb: Callable[[int, Tensor], Tensor | None]) -> Tensor | None:
-    """`cb(rank, shard)` of every rank as one tensor; on a real rank `cb(dist.get_rank(), tensor)`."""
+    """`cb(rank, shard)` of every rank as one tensor; on a real rank its own rank and tensor."""
     mode = enabled_local_tensor_mode()
     return cb(dist.get_rank(), tensor) if mode is None else mode.tensor_map(tensor, cb)
 
