@@ -83,7 +83,7 @@ def _ring(shards: Sequence[Tensor], combine: Callable[[Tensor, Tensor], Tensor])
 
 
 def _chunk(count: int, element_size: int, size: int) -> int:
-    """Elements of one of the `size` chunks that gloo's ring all-reduce makes (gloo/allreduce.cc)."""
+    """Elements of one of the `size` chunks of gloo's ring all-reduce (gloo/allreduce.cc)."""
     segment_limit = element_size * max(1, _MAX_SEGMENT_BYTES // element_size)
     segments = max(-(-count * element_size // segment_limit), 2 * size)
     segments = -(-segments // size) * size
