@@ -19,7 +19,7 @@ from ..errors import PlainTensorError, ShardError
 from ..values.int_node import LocalNode
 from ..values.op_table import Handler, add_rule, implements
 from ..values.ranked import combine, per_rank_values
-from ..values.tensor import LocalTensor, _wrap
+from ..values.tensor import LocalTensor, _wrap_fresh
 
 aten = torch.ops.aten
 _SYM_TYPES = (SymInt, SymFloat, SymBool)
@@ -101,7 +101,7 @@ def run_per_rank(
     if plan.writes:
         _check_writes(plan, args, kwargs)
 
-    call = plan.call
+    call = plan.call._op
     base = list(args)
     results: dict[int, Any] = {}
     if ranked_kwargs:
@@ -124,7 +124,7 @@ def run_per_rank(
             results[r] = call(*base, **kwargs)
 
     if not plan.writes and not plan.views:
-        return _wrap(results) if plan.single else combine(results, plan.name)
+        return _wrap_fresh(results) if plan.single else combine(results, plan.name)
     if plan.resizes:
         args[0]._sync_meta()
         return args[0]

@@ -35,6 +35,7 @@ cache_key_context: Callable[[], str] = str
 # Tensor types that may be a shard.
 _SHARD_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor)
 _NO_KEYS = DispatchKeySet.from_raw_repr(0)
+_NoTorchFunction = torch._C.DisableTorchFunction
 
 
 class LocalTensor(Tensor):
@@ -138,7 +139,9 @@ class LocalTensor(Tensor):
         handler = _chosen.get(func)
         if handler is None:
             handler = handler_of(func)
-        return handler(func, args, kwargs or {})
+        # A function mode that backward put back must not see every op on every shard.
+        with _NoTorchFunction():
+            return handler(func, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
         # Reached only when normal lookup failed.
@@ -374,6 +377,36 @@ def _wrap(shards: dict[int, Tensor], requires_grad: bool = False) -> LocalTensor
         layout=layout,
         requires_grad=requires_grad,
         _extra_dispatch_keys=keys,
+    )
+    result._local_tensors = shards
+    result._ranks = frozenset(shards)
+    result._size = shape
+    result._stride = stride
+    return result
+
+
+def _wrap_fresh(shards: dict[int, Tensor]) -> LocalTensor:
+    """`_wrap` for results of one op that makes fresh tensors, run on shards that agree.
+
+    Such results agree in dtype, device and layout, are not offset and carry no conj/neg bit.
+    """
+    it = iter(shards.values())
+    first = next(it)
+    if type(first) is not Tensor:
+        return _wrap(shards)
+    shape, stride = first.shape, first.stride()
+    for t in it:
+        if t.shape != shape or t.stride() != stride:
+            return _wrap(shards)
+    if first.is_neg() or first.is_conj() or first.storage_offset():
+        return _wrap(shards)
+    result = Tensor._make_wrapper_subclass(
+        LocalTensor,
+        shape,
+        strides=stride,
+        dtype=first.dtype,
+        device=first.device,
+        layout=first.layout,
     )
     result._local_tensors = shards
     result._ranks = frozenset(shards)
