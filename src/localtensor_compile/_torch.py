@@ -31,6 +31,28 @@ MIN_VERSION, MAX_VERSION = (2, 11), (2, 15)
 
 disable_dynamo = torch._disable_dynamo
 
+
+def never_traced(function: Any) -> Any:
+    """Decorator for a hot function that Dynamo must not compile, nor anything it calls.
+
+    `torch._disable_dynamo` costs microseconds in every call. Here Dynamo is told once to leave the
+    function's own frame alone, and what it calls is shielded only while Dynamo listens.
+    """
+    shielded = torch._disable_dynamo(function)
+    try:
+        from torch._C._dynamo.eval_frame import get_eval_frame_callback
+        from torch._dynamo.eval_frame import skip_code
+    except ImportError:  # pragma: no cover - depends on the torch version
+        return shielded
+
+    def call(*args: Any) -> Any:
+        if get_eval_frame_callback() is None:
+            return function(*args)
+        return shielded(*args)
+
+    skip_code(call.__code__)
+    return call
+
 _DispatchModeKey = torch._C._TorchDispatchModeKey
 
 

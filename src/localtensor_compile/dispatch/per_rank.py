@@ -124,7 +124,9 @@ def run_per_rank(
             results[r] = call(*base, **kwargs)
 
     if not plan.writes and not plan.views:
-        return _wrap_fresh(results) if plan.single else combine(results, plan.name)
+        if plan.single:
+            return _wrap_fresh(results, frozenset(results))
+        return combine(results, plan.name)
     if plan.resizes:
         args[0]._sync_meta()
         return args[0]
@@ -201,11 +203,40 @@ def _plan_rule(func: Any) -> Handler | None:
     if not isinstance(func, torch._ops.OpOverload):
         return _run_other
     plan = OpPlan(func)
+    if plan.single and not plan.writes and not plan.views:
+        return _fresh_handler(plan)
 
     def handler(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return run_per_rank(plan, args, kwargs)
 
     return handler
+
+
+def _fresh_handler(plan: OpPlan) -> Handler:
+    """The handler of an op that makes one new tensor: short ways for the most frequent calls."""
+    call = plan.call._op
+
+    def handler(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not kwargs and len(args) <= 2:
+            first = args[0]
+            if type(first) is LocalTensor:
+                if len(args) == 1:
+                    results = {r: call(x) for r, x in first._local_tensors.items()}
+                    return _wrap_fresh(results, first._ranks)
+                second = args[1]
+                if type(second) is LocalTensor and second._ranks == first._ranks:
+                    others = second._local_tensors
+                    results = {r: call(x, others[r]) for r, x in first._local_tensors.items()}
+                    return _wrap_fresh(results, first._ranks)
+                if type(second) in _NUMBERS:
+                    results = {r: call(x, second) for r, x in first._local_tensors.items()}
+                    return _wrap_fresh(results, first._ranks)
+        return run_per_rank(plan, args, kwargs)
+
+    return handler
+
+
+_NUMBERS = (int, float, bool)
 
 
 def _run_other(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -22,6 +22,7 @@ from .._torch import (
     FunctionalTensor,
     disable_dynamo,
     mark_constructor_exportable,
+    never_traced,
 )
 from ..errors import RankDivergence, ShardError, UnsupportedError, per_rank_text
 from .int_node import LocalIntNode, LocalNode, make_int
@@ -125,7 +126,7 @@ class LocalTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
-    @disable_dynamo
+    @never_traced
     def __torch_dispatch__(
         cls,
         func: Any,
@@ -385,7 +386,7 @@ def _wrap(shards: dict[int, Tensor], requires_grad: bool = False) -> LocalTensor
     return result
 
 
-def _wrap_fresh(shards: dict[int, Tensor]) -> LocalTensor:
+def _wrap_fresh(shards: dict[int, Tensor], ranks: frozenset[int]) -> LocalTensor:
     """`_wrap` for results of one op that makes fresh tensors, run on shards that agree.
 
     Such results agree in dtype, device and layout, are not offset and carry no conj/neg bit.
@@ -409,7 +410,7 @@ def _wrap_fresh(shards: dict[int, Tensor]) -> LocalTensor:
         layout=first.layout,
     )
     result._local_tensors = shards
-    result._ranks = frozenset(shards)
+    result._ranks = ranks
     result._size = shape
     result._stride = stride
     return result
