@@ -13,11 +13,14 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..dispatch.random_factories import PLAIN_DRAWS, draws_for_plain, plain_draw
+from ..dispatch.random_ops import RANDOM_FACTORIES, random_factory
 from ..errors import UnsupportedError
 from ..values.ranked import pick_tree
 from ..values.tensor import LocalTensor, _checked_shards, _wrap
@@ -32,7 +35,14 @@ from .rank_numbers import (
     tensor_on_rank,
 )
 from .state import local_tensor_mode
-from .torch_hooks.factories import TracedCall, decided_while_tracing, default_device, redispatch
+from .torch_hooks.factories import (
+    NUMPY_ARRAY,
+    TracedCall,
+    decided_while_tracing,
+    default_device,
+    made_by_dynamo,
+    redispatch,
+)
 
 Ranks = tuple[int, ...]
 Builder = Callable[[Any, Ranks, tuple[Any, ...], dict[str, Any]], Any]
@@ -49,8 +59,9 @@ class FactoryMode(TorchFunctionMode):
     - `torch.tensor(plain)` copies to every rank. `torch.as_tensor(plain)` is `plain` itself, as it
       always is. `as_tensor` and `asarray` of a NumPy array copy to every rank: the one memory of
       the array cannot be that of several shards.
-    - `torch.from_numpy`, `frombuffer`, `from_dlpack` and the legacy constructors
-      `torch.Tensor(...)`, `torch.FloatTensor(...)` cannot be overridden and stay plain.
+    - `torch.from_numpy`, `frombuffer`, `from_dlpack`, the deprecated `torch.range` and the legacy
+      constructors `torch.Tensor(...)`, `torch.FloatTensor(...)` cannot be overridden and stay
+      plain.
     - Sparse tensors stay plain.
     - Factories that torch's own machinery calls (compiler, optimizers, meshes) stay plain.
 
@@ -95,14 +106,20 @@ class FactoryMode(TorchFunctionMode):
 
 # ---------------------------------------------------------------- handlers of eager calls
 def _factory(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    caller = sys._getframe(2)  # above __torch_function__
     if (
         mode.mode._disable
         or mode.mode is not local_tensor_mode()
-        # Two frames up: __torch_function__, then the code that called the factory.
-        or _is_internal(sys._getframe(2).f_globals.get("__name__"))
+        or _is_internal(caller.f_globals.get("__name__"))
+        # This is how Dynamo's own bytecode hands a NumPy array to a compiled graph.
+        or (func is torch.as_tensor and _is_numpy(args) and made_by_dynamo(caller.f_code))
     ):
         return func(*args, **kwargs)
     return _BUILDERS[func](func, mode.ranks, args, kwargs)
+
+
+def _is_numpy(args: tuple[Any, ...]) -> bool:
+    return bool(args) and isinstance(args[0], (numpy.ndarray, numpy.generic))
 
 
 def _index(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -110,6 +127,14 @@ def _index(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str
     if holds_rank_number((index, *args[2:])):
         return call_with_numbers(func, (args[0], index, *args[2:]), kwargs)
     return func(*args, **kwargs)
+
+
+def _draw(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if holds_rank_number((*args, *kwargs.values())):
+        return call_with_numbers(func, args, kwargs)
+    if mode.mode._disable or mode.mode is not local_tensor_mode():
+        return func(*args, **kwargs)
+    return plain_draw(func, mode.ranks, args, kwargs)
 
 
 def _reentered(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -133,6 +158,10 @@ def _decide(call: TracedCall) -> str | None:
             or _is_internal(call.caller)
         ):
             return None  # Dynamo itself breaks the graph at requires_grad=True
+        if func in (torch.as_tensor, torch.asarray) and NUMPY_ARRAY in (*args, *kwargs.values()):
+            return "torch.tensor"  # an array of NumPy is already a plain tensor in the graph
+        return name_of(func)
+    if func in PLAIN_DRAWS and draws_for_plain(func, args, kwargs):
         return name_of(func)
     values = (*args, *kwargs.values())
     if not any(v.__class__ in MAY_HOLD_NUMBERS and holds_rank_number(v) for v in values):
@@ -159,6 +188,8 @@ def on_ranks(
     with torch._C.DisableTorchFunction():
         build = _BUILDERS.get(func)
         if build is None:
+            if func in PLAIN_DRAWS and not holds_rank_number((*args, *kwargs.values())):
+                return plain_draw(func, ranks, args, kwargs)
             return call_with_numbers(func, args, kwargs)
         return build(func, ranks, args, _with_device(kwargs, device))
 
@@ -196,6 +227,7 @@ _INTERNAL = (
     "torch._inductor",
     "torch._library",
     "torch._meta_registrations",
+    "torch._numpy",
     "torch._prims",
     "torch._prims_common",
     "torch._refs",
@@ -221,7 +253,9 @@ _internal: dict[str | None, bool] = {None: False}
 def _is_internal(module: str | None) -> bool:
     found = _internal.get(module)
     if found is None:
-        found = any(module == name or module.startswith(name + ".") for name in _INTERNAL)  # type: ignore[union-attr]
+        found = module == "torch" or any(
+            module == name or module.startswith(name + ".") for name in _INTERNAL
+        )
         _internal[module] = found
     return found
 
@@ -311,8 +345,8 @@ def _sparse(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, An
 def _dense_only(func: Any) -> UnsupportedError:
     return UnsupportedError(
         f"{name_of(func)} would make a sparse tensor per rank, but a LocalTensor holds dense "
-        "shards only. Build it inside tensor_map and return a dense result, or use a sparse_*_tensor "
-        "factory with the same values on all ranks."
+        "shards only. Build it inside tensor_map and return a dense result, or give a sparse "
+        "factory the same values on all ranks."
     )
 
 
@@ -358,7 +392,6 @@ _BUILDERS: dict[Any, Builder] = {
             torch.hann_window,
             torch.kaiser_window,
             torch.ones,
-            torch.range,
             torch.scalar_tensor,
             torch.tril_indices,
             torch.triu_indices,
@@ -366,6 +399,8 @@ _BUILDERS: dict[Any, Builder] = {
         ),
         _each_rank,
     ),
+    # In eager code the factories inside of these functions pass through the mode.
+    **{getattr(torch.signal.windows, n): _each_rank for n in torch.signal.windows.__all__},
     **dict.fromkeys((torch.linspace, torch.logspace), _each_rank_of_numbers),
     **dict.fromkeys((torch.as_tensor, torch.asarray), _as_tensor),
     **dict.fromkeys(
@@ -382,10 +417,12 @@ _BUILDERS: dict[Any, Builder] = {
     torch.tensor: _tensor,
     Tensor.new: _new,
     Tensor.new_tensor: _new_tensor,
+    **dict.fromkeys(RANDOM_FACTORIES, random_factory),
 }
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_BUILDERS, _factory),
+    **dict.fromkeys(PLAIN_DRAWS, _draw),
     **dict.fromkeys((Tensor.__getitem__, Tensor.__setitem__), _index),
     **dict.fromkeys(
         (

@@ -115,8 +115,8 @@ def _versions(tensors: list[LocalTensor]) -> list[int]:
 
 
 def name_of(func: Any) -> str:
-    """The name under which users know a torch function."""
-    return torch.overrides.resolve_name(func) or getattr(func, "__qualname__", str(func))
+    """The dotted name of a torch function, from `torch.` on."""
+    return torch.overrides.resolve_name(func) or f"{func.__module__}.{func.__qualname__}"
 
 
 def writes(func: Any, kwargs: dict[str, Any]) -> bool:
@@ -209,6 +209,9 @@ def _selected(tensor: Tensor, index: Any) -> tuple[Tensor, tuple[Any, ...]]:
         if is_ranked(item):
             tensor = tensor.select(dim, item)
             continue
+        if item is None:  # in torch's order, so that the strides of the new dimension are torch's
+            tensor = tensor.unsqueeze(dim)
+            item = slice(None)
         if isinstance(item, list) and holds_rank_number(item):
             item = tensor_of_numbers(item, device=tensor.device)
         rest.append(item)

@@ -7,14 +7,19 @@ Dynamo's own records.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
 from torch.utils._device import DeviceContext
 
 from ...errors import UnsupportedError
+
+NUMPY_ARRAY = object()
+"""Stands for a NumPy array among the arguments of a TracedCall."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,8 @@ def _example(variable: Any) -> Any:
     variable = variable.realize()
     if isinstance(variable, variables.SymNodeVariable):
         return variable.sym_num
+    if isinstance(variable, variables.NumpyNdarrayVariable):
+        return NUMPY_ARRAY
     if isinstance(variable, variables.TensorVariable):
         return variable.as_proxy().node.meta.get("example_value")
     if isinstance(variable, variables.SliceVariable):
@@ -117,6 +124,13 @@ def _examples_by_name(kwargs: Any) -> dict[str, Any]:
     return {key.vt.as_python_constant(): _example(v) for key, v in kwargs.realize().items.items()}
 
 
+def made_by_dynamo(code: CodeType) -> bool:
+    """Whether `code` is bytecode that Dynamo generated for a frame."""
+    from torch._dynamo.convert_frame import output_codes
+
+    return code in output_codes
+
+
 def _call(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
@@ -127,6 +141,22 @@ default_device = _answered(_default_device, _traced_default_device)
 
 
 def replacements() -> Iterator[tuple[Any, str, Any]]:
+    import torch._dynamo.variables.torch as dynamo_torch
+
     from ..loading import load_per_rank
 
     yield torch, "load", load_per_rank(torch.load)
+    overridable = dynamo_torch.get_overridable_functions
+
+    @functools.cache
+    def get_overridable_functions() -> set[Any]:
+        return overridable() | _PYTHON_FACTORIES
+
+    yield dynamo_torch, "get_overridable_functions", get_overridable_functions
+
+
+# Dynamo would record these as they are, without asking a function mode; outside of Dynamo they
+# pass through the mode (torch.normal), or the factories in them do.
+_PYTHON_FACTORIES = {torch.normal} | {
+    getattr(torch.signal.windows, name) for name in torch.signal.windows.__all__
+}
