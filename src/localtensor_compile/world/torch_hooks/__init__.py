@@ -24,7 +24,7 @@ _undo = contextlib.ExitStack()
 
 Replacement = tuple[Any, str, Any]
 MISSING: Any = object()
-"""As a replacement: the attribute does not exist outside the mode."""
+"""As the replacement of a dict's item: the item is taken out."""
 
 
 def all_replacements() -> Iterator[Replacement]:
@@ -76,7 +76,10 @@ def _replace(owner: Any, name: str, replacement: Any) -> Any:
     """Set owner.name (or owner[name] of a dict) and return the function that undoes it."""
     if isinstance(owner, dict):
         before = owner.get(name, MISSING)
-        owner[name] = replacement
+        if replacement is MISSING:
+            owner.pop(name, None)
+        else:
+            owner[name] = replacement
 
         def undo_item() -> None:
             if before is MISSING:

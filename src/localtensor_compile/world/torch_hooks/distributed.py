@@ -10,10 +10,11 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
+import torch._dynamo.trace_rules as trace_rules
 import torch.distributed as dist
 import torch.distributed.device_mesh as device_mesh
 import torch.distributed.distributed_c10d as c10d
@@ -21,12 +22,14 @@ import torch.distributed.distributed_c10d as c10d
 from ...collectives import objects, plain
 from ...collectives.groups import register_family
 from ...compile.dynamo_support import rank_constant
-from ...values.int_node import is_ranked
+from ...values.int_node import is_ranked, make_int
 from ...values.tensor import LocalTensor
+from .. import torch_hooks
 from ..mesh import MeshMethods, per_rank_int, plain_mesh_args
 from ..state import enabled_local_tensor_mode
 
 Replacement = tuple[Any, str, Any]
+MISSING: Any = torch_hooks.MISSING
 
 
 def init_simulated_process_group(world_size: int) -> None:
@@ -117,14 +120,27 @@ def _recording(original: Any) -> Any:
 
 # ---------------------------------------------------------------- ranks
 # Parts of torch that ask for the rank of the *process*: to name log files, to build groups.
-_RANK_OF_RANKS = ("torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed._tools")
+_TRANSPARENT_MODULES = (
+    "localtensor_compile",
+    "contextlib",
+    "functools",
+    "torch.distributed.c10d_logger",
+)
+# The last is Dynamo calling a ProcessGroup method for traced user code.
+_RANK_OF_RANKS = (
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "torch.distributed._tools",
+    "torch._dynamo.variables.script_object",
+)
 
 
-def _asked_by_torch() -> bool:
+def _asked_by_torch(transparent: Collection[Any] = ()) -> bool:
     """Whether a function of torch itself, not user code, called the function that calls this."""
     frame = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(
-        ("localtensor_compile", "contextlib", "functools")
+    while frame is not None and (
+        frame.f_code in transparent
+        or frame.f_globals.get("__name__", "").startswith(_TRANSPARENT_MODULES)
     ):
         frame = frame.f_back  # type: ignore[assignment]
     name = frame.f_globals.get("__name__", "") if frame is not None else ""
@@ -136,15 +152,28 @@ def _ranks() -> Iterator[Replacement]:
 
     @functools.wraps(original)
     def get_rank(group: Any = None) -> Any:
-        if _simulated_ranks() is None or _called_from_torch():
+        if _simulated_ranks() is None:
+            return original(group)
+        # In a traced frame the caller is traced code; a stack walk would see Dynamo instead.
+        if not torch.compiler.is_dynamo_compiling() and _asked_by_torch():
             return original(group)
         if group is None:
             return rank_constant(_simulated_ranks(), _simulated_ranks())
         return rank_constant(*_group_ranks(group))
 
-    yield c10d, "get_rank", get_rank
+    # Dynamo takes whatever distributed_c10d calls get_rank for a constant of the process, so the
+    # name that users call must be another function object, which it then traces.
+    yield c10d, "get_rank", functools.wraps(original)(lambda group=None: get_rank(group))
     yield dist, "get_rank", get_rank
 
+    # Dynamo also knows the function by its name, as a constant of the process.
+    for rules in trace_rules.torch_name_rule_map:
+        if "torch.distributed.get_rank" in rules:
+            yield rules, "torch.distributed.get_rank", MISSING
+
+    # `from torch.distributed import get_rank` before the mode keeps the original, which asks the
+    # group: to whom it answers is then its caller.
+    transparent = {inspect.unwrap(original).__code__}
     own_rank = dist.ProcessGroup.rank
 
     @functools.wraps(own_rank)
@@ -152,12 +181,29 @@ def _ranks() -> Iterator[Replacement]:
         mode = enabled_local_tensor_mode()
         if mode is None or _pretended:
             return _pretended[-1] if _pretended else own_rank(self)
-        if _asked_by_torch():
+        if _asked_by_torch(transparent):
             return own_rank(self)
         ranks, values = _group_ranks(self)
         return per_rank_int(dict(zip(ranks, values)))
 
     yield dist.ProcessGroup, "rank", rank
+
+    from torch._dynamo.variables import distributed as dynamo_distributed
+    from torch._dynamo.variables.builder import SourcelessBuilder
+
+    variable = getattr(dynamo_distributed, "ProcessGroupVariable", None)
+    if variable is None:  # newer torch calls the replaced method above
+        return
+    call_method = variable.call_method
+
+    @functools.wraps(call_method)
+    def traced_call(self: Any, tx: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "rank" and enabled_local_tensor_mode() is not None:
+            ranks, values = _group_ranks(self.as_python_constant())
+            return SourcelessBuilder.create(tx, make_int(dict(zip(ranks, values))))
+        return call_method(self, tx, name, *args, **kwargs)
+
+    yield variable, "call_method", traced_call
 
 
 # While a group is made, or a rooted collective checks its arguments: the rank to act as.
@@ -177,11 +223,6 @@ def _pretend_rank(rank: int) -> Iterator[None]:
 def _simulated_ranks() -> Any:
     mode = enabled_local_tensor_mode()
     return None if mode is None else mode._sorted_ranks
-
-
-@torch._dynamo.assume_constant_result
-def _called_from_torch() -> bool:
-    return _asked_by_torch()
 
 
 @torch._dynamo.assume_constant_result

@@ -1,10 +1,86 @@
-"""Rank-dependent Python inside DTensor that torch does not yet run once per rank."""
+"""Rank-dependent Python inside DTensor that torch does not run once per rank by itself.
+
+A DTensor on a submesh may have a *global* shape that differs between simulated ranks: each copy of
+the submesh holds its own tensor. DTensor works out an op's output shape by running the op on fake
+tensors of the global shape, which needs one shape: that is done per rank here.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+import torch.distributed.tensor._sharding_prop as sharding_prop
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor._op_schema import OpSchema
+from torch.utils import _pytree as pytree
 
-def replacements() -> Iterator[tuple[Any, str, Any]]:
-    yield from ()
+from ...values.int_node import is_ranked, value_on_rank
+from ..mesh import per_rank_int
+from ..state import enabled_local_tensor_mode
+
+Replacement = tuple[Any, str, Any]
+
+
+def replacements() -> Iterator[Replacement]:
+    propagator = sharding_prop.ShardingPropagator
+    name = "_propagate_tensor_meta_non_cached"
+    original = propagator.__dict__.get(name)
+    if original is None:  # not in every supported version
+        return
+
+    @functools.wraps(original)
+    def propagate(self: Any, op_schema: Any) -> Any:
+        mode = enabled_local_tensor_mode()
+        if mode is None:
+            return original(self, op_schema)
+        flat, tree = pytree.tree_flatten(
+            (op_schema.args_schema, op_schema.kwargs_schema),
+            is_leaf=lambda x: isinstance(x, DTensorSpec),
+        )
+        if not any(_is_per_rank(x) for x in flat):
+            return original(self, op_schema)
+        metas = {}
+        for rank in mode._sorted_ranks:
+            args, kwargs = pytree.tree_unflatten([_on_rank(x, rank) for x in flat], tree)
+            schema = OpSchema(op_schema.op, args, kwargs, op_schema.schema_info)
+            metas[rank] = original(self, schema)
+        return _combine(metas)
+
+    yield propagator, name, propagate
+
+
+def _sizes(meta: Any) -> tuple[Any, ...]:
+    return (*meta.shape, *meta.stride)
+
+
+def _is_per_rank(x: Any) -> bool:
+    if isinstance(x, DTensorSpec):
+        return x.tensor_meta is not None and any(map(is_ranked, _sizes(x.tensor_meta)))
+    return is_ranked(x)
+
+
+def _on_rank(x: Any, rank: int) -> Any:
+    if isinstance(x, DTensorSpec) and _is_per_rank(x):
+        meta = x.tensor_meta
+        shape = torch.Size([value_on_rank(s, rank) for s in meta.shape])
+        stride = tuple(value_on_rank(s, rank) for s in meta.stride)
+        return DTensorSpec(x.mesh, x.placements, tensor_meta=TensorMeta(shape, stride, meta.dtype))
+    return value_on_rank(x, rank) if is_ranked(x) else x
+
+
+def _combine(metas: dict[int, Any]) -> Any:
+    first = next(iter(metas.values()))
+    if first is None:
+        return None
+    if not isinstance(first, TensorMeta):
+        return type(first)(_combine({r: m[i] for r, m in metas.items()}) for i in range(len(first)))
+
+    def per_dim(read: Any) -> tuple[Any, ...]:
+        count = len(read(first))
+        return tuple(per_rank_int({r: read(m)[i] for r, m in metas.items()}) for i in range(count))
+
+    shape = torch.Size(per_dim(lambda m: m.shape))
+    return TensorMeta(shape, per_dim(lambda m: m.stride), first.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -131,6 +132,18 @@ def made_by_dynamo(code: CodeType) -> bool:
     return code in output_codes
 
 
+def in_transform() -> bool:
+    """Whether torch.func transforms (grad, vmap) are running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """Context manager: torch.func transforms do not see what happens inside."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
+
+
 def _call(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
@@ -153,6 +166,28 @@ def replacements() -> Iterator[tuple[Any, str, Any]]:
         return overridable() | _PYTHON_FACTORIES
 
     yield dynamo_torch, "get_overridable_functions", get_overridable_functions
+    yield from _higher_order_operators()
+
+
+def _higher_order_operators() -> Iterator[tuple[Any, str, Any]]:
+    """Dynamo takes the function mode off the stack while it traces a higher order operator with
+    the functions in it (checkpoint, cond); factories in those belong to the mode too."""
+    import torch._dynamo.variables.torch_function as dynamo_modes
+    from torch._dynamo.variables.higher_order_ops import TorchHigherOrderOperatorVariable
+
+    from ..factories import FactoryMode
+
+    original = dynamo_modes.dispatch_torch_function
+
+    @functools.wraps(original)
+    def dispatch_torch_function(tx: Any, fn: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(fn, TorchHigherOrderOperatorVariable):
+            modes = [m.realize().value for m in tx.symbolic_torch_function_state.mode_stack]
+            if modes and all(isinstance(m, (FactoryMode, DeviceContext)) for m in modes):
+                return fn._call_function(tx, args, kwargs)
+        return original(tx, fn, args, kwargs)
+
+    yield dynamo_modes, "dispatch_torch_function", dispatch_torch_function
 
 
 # Dynamo would record these as they are, without asking a function mode; outside of Dynamo they
