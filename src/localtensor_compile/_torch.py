@@ -5,6 +5,7 @@ What has to be *patched* in torch lives in world/torch_hooks.py; this module onl
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ def never_traced(function: Any) -> Any:
 
     skip_code(call.__code__)
     return call
+
 
 _DispatchModeKey = torch._C._TorchDispatchModeKey
 
@@ -190,3 +192,27 @@ def stash_for_engine_threads(key: str, value: Any) -> None:
 def stashed(key: str) -> Any:
     """What `stash_for_engine_threads` stored in this thread or the one it works for, or None."""
     return torch._C._get_obj_in_tls(key) if torch._C._is_key_in_tls(key) else None
+
+
+def in_traced_backward() -> bool:
+    """Whether the op being recorded belongs to the backward half of AOTAutograd's joint graph.
+
+    The nodes' own tags do not tell: they are lost inside autograd.Function. Looks for AOTAutograd's
+    call of the autograd engine between here and the start of the innermost trace.
+    """
+    if torch._C._current_autograd_node() is None:
+        return False
+    frame: Any = sys._getframe(1)
+    called = ""
+    while frame is not None and frame.f_code.co_name != "dispatch_trace":
+        module = frame.f_globals.get("__name__", "")
+        if called == "torch.autograd" and module.startswith("torch._functorch._aot_autograd"):
+            return True
+        called = module
+        frame = frame.f_back
+    return False
+
+
+def is_tangent(node: Any) -> bool:
+    """Whether an FX node is an input of the backward half of AOTAutograd's joint graph."""
+    return node.op == "placeholder" and "tangents" in str(node.target)

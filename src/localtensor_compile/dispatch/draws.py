@@ -30,7 +30,8 @@ class Draw:
         overload = with_generator(func)
         self.takes_generator = overload is not None
         self.keyword = "generator" if overload is not None else "_turn"
-        self.call: Callable[..., Any] = _in_turn(func) if overload is None else overload
+        call = _in_turn(func) if overload is None else overload
+        self.call: Callable[..., Any] = getattr(call, "_op", call)
 
     @contextlib.contextmanager
     def turns(
@@ -71,6 +72,8 @@ class Draw:
 
 
 def _in_turn(func: Any) -> Callable[..., Any]:
+    func = getattr(func, "_op", func)
+
     def call(*args: Any, _turn: Callable[[], None] | None, **kwargs: Any) -> Any:
         if _turn is not None:
             _turn()

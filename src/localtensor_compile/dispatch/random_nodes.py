@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
-from .._torch import keep_when_dead, trace_identity, traced_graph
+from .._torch import (
+    in_traced_backward,
+    is_tangent,
+    keep_when_dead,
+    trace_identity,
+    traced_graph,
+)
 from ..values.ranked import per_rank_values
 from . import random_lowering
 from .draws import Draw
@@ -83,7 +89,7 @@ class Node:
         self.types = [_TYPES[str(a.type)] for a in arguments]
         self.fills = fills
         self.outputs = outputs
-        declared = ["int[] ranks", "int call", *(_FILL if fills else ())]
+        declared = ["int[] ranks", "int call", "Tensor[] after", *(_FILL if fills else ())]
         # Positional names of our own: generated code breaks on an argument called "from".
         declared += [f"{t} arg{i}" for i, t in enumerate(self.types)]
         name = f"{name}_{VERSION}"
@@ -127,8 +133,8 @@ class Node:
 
     def _call(self, ranks: Sequence[int], rest: Sequence[Any]) -> list[list[Any]]:
         random_lowering.register_if_inductor_is_loaded()
-        with _never_recomputed():
-            flat = self.op(list(ranks), _call_number(), *rest)
+        with _kept_in_place(self.op):
+            flat = self.op(list(ranks), _call_number(), [], *rest)
         outputs = len(flat) // len(ranks)
         return [flat[i::outputs] for i in range(outputs)]
 
@@ -146,7 +152,7 @@ class Node:
         return columns
 
     # ---- running
-    def _kernel(self, ranks: Sequence[int], call: int, *rest: Any) -> list[Tensor]:
+    def _kernel(self, ranks: Sequence[int], call: int, after: Any, *rest: Any) -> list[Tensor]:
         # Generated code may call us with a function mode on: what is made here is plain.
         with torch._C.DisableTorchFunction():
             of_ranks = self._rank_arguments(len(ranks), rest)
@@ -158,7 +164,7 @@ class Node:
                     out += self._tensors(result)
             return out
 
-    def _fake(self, ranks: Sequence[int], call: int, *rest: Any) -> list[Tensor]:
+    def _fake(self, ranks: Sequence[int], call: int, after: Any, *rest: Any) -> list[Tensor]:
         random_lowering.register_if_inductor_is_loaded()
         out: list[Tensor] = []
         for values in self._rank_arguments(len(ranks), rest):
@@ -235,7 +241,7 @@ def _call_number() -> int:
     return next(counter)
 
 
-# ---- activation checkpointing
+# ---- forward and backward
 class _Saved(dict[str, Any]):
     """FX node meta whose recompute tag stays MUST_SAVE.
 
@@ -248,16 +254,32 @@ class _Saved(dict[str, Any]):
 
 
 @contextlib.contextmanager
-def _never_recomputed() -> Iterator[None]:
+def _kept_in_place(op: Any) -> Iterator[None]:
+    """Tell AOTAutograd's partitioner to draw in the half of the graph where the program draws."""
     graph = traced_graph()
-    before = 0 if graph is None else len(graph.nodes)
-    yield
     if graph is None:
+        yield
         return
-    for node in itertools.islice(reversed(graph.nodes), len(graph.nodes) - before):
+    before = len(graph.nodes)
+    yield
+    made = list(itertools.islice(reversed(graph.nodes), len(graph.nodes) - before))
+    if in_traced_backward():
+        # A draw that depends on no gradient would move to forward, or be dropped, or run when its
+        # result is first needed: it waits for a gradient.
+        tangent = next((n for n in graph.nodes if is_tangent(n)), None)
+        for node in made:
+            if node.target is op and tangent is not None:
+                node.update_arg(_AFTER, [tangent])
+        return
+    for node in made:
+        # One that depends on no input would be repeated in backward.
+        node.meta["partitioner_tag"] = "must_be_in_forward"
         if "ac_graph_id" in node.meta or "recompute" in node.meta:
             node.meta = _Saved(node.meta)
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+_AFTER = 2
 
 
 # ---- the ops

@@ -8,6 +8,7 @@ from torch's own tag.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class RandomOp:
         self.draw = Draw(func)
         self.plan = OpPlan(func)
         self.as_is = OpPlan(func)
-        self.plan.call = self.draw.call
+        self.plan.call = SimpleNamespace(_op=self.draw.call)
         arguments = func._schema.arguments
         self.arguments = arguments
         self.generator_at = next(
@@ -325,7 +326,16 @@ def _rrelu_inplace(ranks: tuple[int, ...], values: Values) -> Any:
     return aten.copy_.default(values["self"], _rrelu(ranks, values))
 
 
+def _native_dropout(ranks: tuple[int, ...], values: Values) -> Any:
+    """What F.dropout becomes in a graph. In eager F.dropout(p=1) draws nothing."""
+    if values["p"] == 1:
+        x = values["input"]
+        return aten.mul.Tensor(x, 0.0), aten.zeros_like.default(x, dtype=torch.bool)
+    return _functional(aten.native_dropout.default)(ranks, values)
+
+
 _SPECIAL: dict[Any, Traced] = {
+    aten.native_dropout.default: _native_dropout,
     aten.rrelu_with_noise.default: _rrelu,
     aten.rrelu_with_noise_.default: _rrelu_inplace,
 }

@@ -218,7 +218,8 @@ _INTERNAL = (
 
 
 def _per_rank(original: Any, per_rank: Callable[..., Any]) -> Any:
-    @functools.wraps(original)
+    # Without the attributes: among them is torch's own Dynamo-disabled form of the original.
+    @functools.wraps(original, updated=())
     def function(*args: Any, **kwargs: Any) -> Any:
         mode = enabled_local_tensor_mode()
         generators = None if mode is None else mode._rng.generators
