@@ -155,7 +155,7 @@ def _worker_process(channel_fd: int, log_fd: int, out_fd: int, err_fd: int) -> N
         sys.stdout = open(out_fd, "w", buffering=1, encoding="utf-8", errors="replace")
         sys.stderr = open(err_fd, "w", buffering=1, encoding="utf-8", errors="replace")
         warnings.showwarning = _log_warning
-        faulthandler.enable(file=2)
+        faulthandler.enable(file=2, all_threads=False)
         _Worker(Connection(channel_fd)).serve()
     except BaseException:
         traceback.print_exc(file=sys.__stderr__)
