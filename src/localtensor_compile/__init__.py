@@ -1,5 +1,8 @@
 """Simulate every rank of a distributed PyTorch program in one process, compiled."""
 
+from typing import Any
+
+from . import _c10d as _c10d
 from . import dispatch as dispatch
 from .collectives import c10d as c10d
 from .collectives import functional as functional
@@ -14,6 +17,15 @@ from .errors import UnsupportedError as UnsupportedError
 from .errors import WorldError as WorldError
 from .values.int_node import LocalIntNode as LocalIntNode
 from .values.tensor import LocalTensor as LocalTensor
+from .world.drop_in import _LOCAL_TENSOR_ATTR_PREFIX as _LOCAL_TENSOR_ATTR_PREFIX
+from .world.drop_in import _combine_rank_results as _combine_rank_results
+from .world.drop_in import _for_each_rank_run_func as _for_each_rank_run_func
+from .world.drop_in import _from_local_tensor_attr as _from_local_tensor_attr
+from .world.drop_in import _is_local_tensor_attr as _is_local_tensor_attr
+from .world.drop_in import _map_to_rank_local_val as _map_to_rank_local_val
+from .world.drop_in import _to_local_tensor_attr as _to_local_tensor_attr
+from .world.drop_in import get_generator_seed_for_device_type as get_generator_seed_for_device_type
+from .world.drop_in import maybe_enable_local_tracker as maybe_enable_local_tracker
 from .world.mode import LocalTensorMode as LocalTensorMode
 from .world.mode import maybe_disable_local_tensor_mode as maybe_disable_local_tensor_mode
 from .world.mode import rank_map as rank_map
@@ -24,3 +36,13 @@ from .world.per_rank_code import reconcile_args as reconcile_args
 from .world.state import enabled_local_tensor_mode as enabled_local_tensor_mode
 from .world.state import get_local_tensor_mode_list as get_local_tensor_mode_list
 from .world.state import local_tensor_mode as local_tensor_mode
+
+_NOT_YET = ("LocalRunnerMode",)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NOT_YET:
+        raise AttributeError(
+            f"{name} is not simulated yet: localtensor_compile runs one program for all ranks."
+        )
+    raise AttributeError(f"module 'localtensor_compile' has no attribute {name!r}")

@@ -15,7 +15,6 @@ from torch._subclasses.functional_tensor import FunctionalTensor as FunctionalTe
 from torch.distributed._functional_collectives import (
     AsyncCollectiveTensor as AsyncCollectiveTensor,
 )
-from torch.fx.experimental._constant_symnode import ConstantIntNode as ConstantIntNode
 
 try:  # keeps a wrapper's constructor callable in exported programs; absent in some versions
     from torch._export.wrappers import (

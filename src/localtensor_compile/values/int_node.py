@@ -20,7 +20,7 @@ import sympy
 import torch
 from torch import SymBool, SymFloat, SymInt
 
-from .._torch import ConstantIntNode, proxy_mode
+from .._torch import proxy_mode
 from ..errors import RankDivergence, ShardError, per_rank_text
 
 _SYM_TYPES = (SymInt, SymBool, SymFloat)
@@ -163,7 +163,9 @@ class LocalNode:
         return self._traced and not self.is_constant()
 
     def has_hint(self) -> bool:
-        return True
+        # Without a hint, C++ asks the layout questions below about whole size lists; with one it
+        # compares size by size, and ranks may disagree about each.
+        return self.is_constant()
 
     @property
     def hint(self) -> Any:
@@ -353,22 +355,13 @@ class LocalIntNode(LocalNode):
     Args:
         local_ints: rank -> int (or SymInt, while a dynamic shape is traced).
 
-    A LocalIntNode with the same int on every rank is torch's ConstantIntNode, so that a SymInt
-    of it behaves as that int.
+    With the same int on every rank the node is constant, and a SymInt of it behaves as that int.
 
     Raises:
         ShardError: no ranks.
     """
 
     pytype = int
-
-    def __new__(cls, local_ints: Mapping[int, Any] = {}, traced: bool = False) -> Any:
-        if not local_ints:
-            return super().__new__(cls)  # unpickling; __init__ refuses an empty mapping
-        first = next(iter(local_ints.values()))
-        if all(type(v) is int and v == first for v in local_ints.values()):
-            return ConstantIntNode(first)
-        return super().__new__(cls)
 
     def __init__(self, local_ints: Mapping[int, Any], traced: bool = False) -> None:
         if not local_ints:
@@ -486,48 +479,80 @@ class LocalIntNode(LocalNode):
 
     # C++ asks the first symbolic node about the whole size and stride lists.
     def is_contiguous(self, sizes: Sequence[Any], strides: Sequence[Any]) -> LocalBoolNode:
-        return self._layout(sizes, strides)
+        return self._layout(sizes, strides, _contiguous)
+
+    def is_channels_last_contiguous_2d(
+        self, sizes: Sequence[Any], strides: Sequence[Any]
+    ) -> LocalBoolNode:
+        return self._layout(sizes, strides, _channels_last)
+
+    is_channels_last_contiguous_3d = is_channels_last_contiguous_2d
+    is_channels_last_strides_2d = is_channels_last_strides_3d = is_channels_last_contiguous_2d
 
     def is_non_overlapping_and_dense(
         self, sizes: Sequence[Any], strides: Sequence[Any]
     ) -> LocalBoolNode:
-        return self._layout(sizes, strides)
+        return self._layout(sizes, strides, _dense)
 
     def is_non_overlapping_and_dense_indicator(
         self, sizes: Sequence[Any], strides: Sequence[Any]
     ) -> LocalIntNode:
-        flags = self._layout(sizes, strides)._values
-        return LocalIntNode._make({r: int(bool(v)) for r, v in flags.items()}, self._traced)
+        flags = self._layout(sizes, strides, _dense)._values
+        return LocalIntNode._make({r: int(v) for r, v in flags.items()}, self._traced)
 
-    def _never(self, sizes: Sequence[Any], strides: Sequence[Any]) -> LocalBoolNode:
-        return self.wrap_bool(False)
-
-    is_channels_last_contiguous_2d = is_channels_last_contiguous_3d = _never
-    is_channels_last_strides_2d = is_channels_last_strides_3d = _never
-
-    def _layout(self, sizes: Sequence[Any], strides: Sequence[Any]) -> LocalBoolNode:
+    def _layout(
+        self,
+        sizes: Sequence[Any],
+        strides: Sequence[Any],
+        question: Callable[[list[Any], list[Any]], bool],
+    ) -> LocalBoolNode:
         flags = {
-            r: _contiguous(
-                [value_on_rank(s, r) for s in sizes], [value_on_rank(s, r) for s in strides]
-            )
+            r: question([value_on_rank(s, r) for s in sizes], [value_on_rank(s, r) for s in strides])
             for r in self._values
         }
-        return LocalBoolNode(flags, self._traced)
+        result = LocalBoolNode(flags, self._traced)
+        result.when_mixed = False  # a layout is what it is on every rank
+        return result
 
 
-def _contiguous(sizes: Sequence[Any], strides: Sequence[Any]) -> bool:
+def _packed(sizes: Sequence[Any], strides: Sequence[Any], inner_first: Iterable[int]) -> bool:
+    """Whether memory has no gaps when dimensions nest in this order."""
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
     if any(guard_or_false(s == 0) for s in sizes):
         return True
     expected: Any = 1
-    for size, stride in zip(reversed(sizes), reversed(strides)):
-        if guard_or_false(size == 1):
+    for d in inner_first:
+        if guard_or_false(sizes[d] == 1):
             continue
-        if not guard_or_false(stride == expected):
+        if not guard_or_false(strides[d] == expected):
             return False
-        expected = expected * size
+        expected = expected * sizes[d]
     return True
+
+
+def _contiguous(sizes: list[Any], strides: list[Any]) -> bool:
+    return _packed(sizes, strides, reversed(range(len(sizes))))
+
+
+def _channels_last(sizes: list[Any], strides: list[Any]) -> bool:
+    ndim = len(sizes)
+    return ndim in (4, 5) and _packed(sizes, strides, (1, *range(ndim - 1, 1, -1), 0))
+
+
+def _dense(sizes: list[Any], strides: list[Any]) -> bool:
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    if _contiguous(sizes, strides):
+        return True
+    # Inner dimensions have smaller strides: insertion sort, for symbols have no total order.
+    order: list[int] = []
+    for d in range(len(sizes)):
+        at = len(order)
+        while at and guard_or_false(strides[d] < strides[order[at - 1]]):
+            at -= 1
+        order.insert(at, d)
+    return _packed(sizes, strides, order)
 
 
 class _RankShapeEnv:

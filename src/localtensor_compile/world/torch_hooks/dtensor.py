@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch.distributed._local_tensor as upstream
+from torch.distributed.tensor import placement_types
 
 from ...values.int_node import LocalIntNode
 from ...values.tensor import LocalTensor
@@ -19,7 +19,9 @@ Replacement = tuple[Any, str, Any]
 
 
 def replacements() -> Iterator[Replacement]:
-    # Functions that other modules imported by name look these globals up at call time.
+    # The functions that DTensor imported by name look these globals up at call time. Reached
+    # through one of them: sys.modules may hold our package under the name of torch's module.
+    upstream = placement_types.maybe_run_for_local_tensor.__globals__
     yield upstream, "get_local_tensor_mode_list", state.get_local_tensor_mode_list
     yield upstream, "_for_each_rank_run_func", per_rank_code.for_each_rank
     yield upstream, "LocalTensor", LocalTensor
