@@ -126,13 +126,8 @@ _TRANSPARENT_MODULES = (
     "functools",
     "torch.distributed.c10d_logger",
 )
-# The last is Dynamo calling a ProcessGroup method for traced user code.
-_RANK_OF_RANKS = (
-    "torch.distributed.tensor",
-    "torch.distributed.fsdp",
-    "torch.distributed._tools",
-    "torch._dynamo.variables.script_object",
-)
+# Dynamo calling a ProcessGroup method for traced user code.
+_ASKS_FOR_USER = "torch._dynamo.variables.script_object"
 
 
 def _asked_by_torch(transparent: Collection[Any] = ()) -> bool:
@@ -144,7 +139,7 @@ def _asked_by_torch(transparent: Collection[Any] = ()) -> bool:
     ):
         frame = frame.f_back  # type: ignore[assignment]
     name = frame.f_globals.get("__name__", "") if frame is not None else ""
-    return name.startswith("torch.") and not name.startswith(_RANK_OF_RANKS)
+    return name.startswith("torch.") and name != _ASKS_FOR_USER
 
 
 def _ranks() -> Iterator[Replacement]:
