@@ -12,10 +12,13 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from .._torch import disable_dynamo
 from ..dispatch.generators import (
@@ -28,24 +31,23 @@ from ..dispatch.generators import (
     pop,
     push,
 )
+from ..dispatch.random_factories import RANDOM_FACTORIES, random_factory
 from ..errors import WorldError
 from ..values.int_node import make_int, value_on_rank
 from ..values.tensor import LocalTensor, _wrap
+from .per_rank_code import _join, _split
+from .random_checks import RANDOM_NAMES, check_graph
 from .state import enabled_local_tensor_mode
 
 Replacement = tuple[Any, str, Any]
 
 
 class ModeGenerators:
-    """The generators of a mode's ranks while the mode is entered; the mode enters and leaves it.
-
-    `traced_rank` is the rank whose code Dynamo is tracing (rank_map inside a compiled function).
-    """
+    """The generators of a mode's ranks while the mode is entered; the mode enters and leaves it."""
 
     def __init__(self, mode: Any) -> None:
         self.mode = mode
         self.generators: RankGenerators | None = None
-        self.traced_rank: int | None = None
         self._depth = 0
 
     def __enter__(self) -> ModeGenerators:
@@ -65,27 +67,47 @@ class ModeGenerators:
     def on_rank(self, rank: int) -> Any:
         """Context manager: torch's default generators are those of `rank`."""
         if torch.compiler.is_compiling():
-            return _TracedRank(self, rank)
+            return _TracedRank(rank)
         if self.generators is None:
             return contextlib.nullcontext()
         return OnRank(self.generators, rank)
 
 
-class _TracedRank:
-    """on_rank where Dynamo traces: a graph cannot switch generators, but it can say whose turn it
-    is. Random functions called meanwhile become nodes of that rank."""
+class _TracedRank(TorchFunctionMode):
+    """on_rank where Dynamo traces: a graph cannot switch torch's default generator, so that the
+    random functions called meanwhile become nodes of that rank."""
 
-    def __init__(self, owner: ModeGenerators, rank: int) -> None:
-        self.owner = owner
+    def __init__(self, rank: int) -> None:
+        super().__init__()
         self.rank = rank
-        self.before: int | None = None
 
-    def __enter__(self) -> None:
-        self.before = self.owner.traced_rank
-        self.owner.traced_rank = self.rank
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if kwargs is None:
+            kwargs = {}
+        if func in RANDOM_NAMES:
+            return _draw_on_rank(self.rank, RANDOM_NAMES[func], args, kwargs)
+        return func(*args, **kwargs)
 
-    def __exit__(self, *exc: object) -> None:
-        self.owner.traced_rank = self.before
+
+@torch.compiler.allow_in_graph
+def _draw_on_rank(rank: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a random function for one rank: plain tensors in, plain tensors out, differentiable."""
+    func = attrgetter(name)(torch)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    held = [_join((rank,), t) if isinstance(t, Tensor) else t for t in leaves]
+    args, kwargs = pytree.tree_unflatten(held, spec)
+    with torch._C.DisableTorchFunction():
+        if func in RANDOM_FACTORIES:
+            result = random_factory(func, (rank,), args, kwargs)
+        else:
+            result = func(*args, **kwargs)
+    return pytree.tree_map_only(LocalTensor, lambda t: _split(t)[0], result)
 
 
 # ---------------------------------------------------------------- torch's functions, per rank
@@ -252,3 +274,28 @@ def replacements() -> Iterator[Replacement]:
         function = _per_rank(getattr(torch.cuda.random, name), per_rank)
         yield torch.cuda.random, name, function
         yield torch.cuda, name, function
+    yield from _dynamo_replacements()
+
+
+def _dynamo_replacements() -> Iterator[Replacement]:
+    import torch._dynamo.output_graph as output_graph
+    import torch._dynamo.variables.torch as torch_variables
+
+    # Dynamo hides these from function modes, although they can be overridden.
+    known = torch_variables.get_overridable_functions
+    shown = known() | RANDOM_NAMES.keys()
+
+    @functools.wraps(known, updated=())
+    def get_overridable_functions() -> Any:
+        return known() if enabled_local_tensor_mode() is None else shown
+
+    compile_graph = output_graph.OutputGraph.call_user_compiler
+
+    @functools.wraps(compile_graph)
+    def call_user_compiler(self: Any, gm: Any, *args: Any, **kwargs: Any) -> Any:
+        if enabled_local_tensor_mode() is not None:
+            check_graph(gm)
+        return compile_graph(self, gm, *args, **kwargs)
+
+    yield torch_variables, "get_overridable_functions", get_overridable_functions
+    yield output_graph.OutputGraph, "call_user_compiler", call_user_compiler

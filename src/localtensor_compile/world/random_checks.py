@@ -1,0 +1,77 @@
+"""Random functions that Dynamo records: which there are, and which a graph must not keep.
+
+A plain random node in a graph would draw once for all ranks, from torch's default generator.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch.random_factories import PLAIN_DRAWS, RANDOM_FACTORIES, draws_for_plain
+from ..errors import PlainTensorError, UnsupportedError
+
+
+def _path(func: Any) -> str:
+    """Where torch has the function: "rand", "Tensor.normal_", "nn.functional.dropout"."""
+    for prefix in ("", "Tensor.", "nn.functional."):
+        owner = attrgetter(prefix[:-1])(torch) if prefix else torch
+        if getattr(owner, func.__name__, None) is func:
+            return prefix + func.__name__
+    raise UnsupportedError(f"this version of torch has no public name for {func}.")
+
+
+RANDOM_NAMES: dict[Any, str] = {
+    func: _path(func) for func in (*sorted(RANDOM_FACTORIES, key=_path), *PLAIN_DRAWS)
+}
+"""Every function of torch that draws random numbers -> its path below torch."""
+
+
+def check_graph(graph_module: Any) -> None:
+    """Raise where a graph that Dynamo made would draw once for all ranks.
+
+    Raises:
+        PlainTensorError: names the function and the user's line.
+    """
+    for module in graph_module.modules():
+        graph = getattr(module, "graph", None)
+        if graph is None:
+            continue
+        for node in graph.nodes:
+            func = _function(node)
+            if func not in RANDOM_NAMES:
+                continue
+            args = torch.fx.map_arg(node.args, _example)
+            kwargs = torch.fx.map_arg(node.kwargs, _example)
+            if draws_for_plain(func, tuple(args), dict(kwargs)):
+                raise PlainTensorError(
+                    f"a compiled function would call {func.__name__} once for all ranks, where "
+                    f"each rank draws its own{_line(node)}. Make the tensor inside "
+                    "LocalTensorMode, with rank_map or with replicate(), so that it has a shard "
+                    "per rank."
+                )
+
+
+def _function(node: Any) -> Any:
+    if node.op == "call_function":
+        try:
+            hash(node.target)
+        except TypeError:
+            return None
+        return node.target
+    if node.op == "call_method":
+        return getattr(Tensor, node.target, None)
+    return None
+
+
+def _example(node: Any) -> Any:
+    return node.meta.get("example_value", node)
+
+
+def _line(node: Any) -> str:
+    """` (File "train.py", line 7, in step: x = torch.rand(3))`, where torch recorded it."""
+    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
+    return f" ({': '.join(lines[-2:])})" if lines else ""
