@@ -9,7 +9,7 @@ nothing below knows whether its ranks are simulated or real. One file, three eng
 
 Two sizes do not divide by 4 on purpose, so ranks hold different amounts of work: the vocabulary
 (256 bytes and one begin-of-text symbol: 65, 65, 65 and 62 rows) and the width of the MLP
-(682: 171, 171, 171 and 169 columns).
+(1022: 256, 256, 256 and 254 columns).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Config:
     layers: int = 4
     dim: int = 256
     heads: int = 8
-    hidden: int = 682
+    hidden: int = 1022
     batch: int = 2
     length: int = 64
     steps: int = 3
@@ -51,44 +51,35 @@ class Config:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions. Under tensor parallelism: on this rank's heads."""
+    """Causal self-attention; under tensor parallelism on the heads of one rank.
+
+    The columns of `qkv` are ordered by head, so that cutting them into ranks cuts between heads.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.head_dim = config.dim // config.heads
-        self.wq = nn.Linear(config.dim, config.dim, bias=False)
-        self.wk = nn.Linear(config.dim, config.dim, bias=False)
-        self.wv = nn.Linear(config.dim, config.dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for project in (self.wq, self.wk, self.wv)
-        )
-        mixed = F.scaled_dot_product_attention(
-            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True
-        )
-        return self.wo(mixed.transpose(1, 2).flatten(2))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, RoFormer) of x: [batch, heads, length, head_dim]."""
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        heads = self.qkv(x).view(batch, length, -1, 3, self.head_dim)
+        q, k, v = heads.transpose(1, 2).unbind(3)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
-    """The gated MLP of Shazeer 2020 (SwiGLU)."""
+    """The MLP of a layer."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden, bias=False)
-        self.w2 = nn.Linear(config.hidden, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden, bias=False)
+        self.up = nn.Linear(config.dim, config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.down(F.gelu(self.up(x)))
 
 
 class Block(nn.Module):
@@ -101,49 +92,46 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.dim)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Transformer(nn.Module):
     """Decoder-only language model: tokens and targets [batch, length] to the mean cross-entropy
-    in nats per byte, and the logits [batch, length, VOCABULARY]."""
+    in nats per byte, and the logits [batch, length, VOCABULARY] without gradient."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, config.dim)
+        self.positions = nn.Embedding(config.length, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
         self.head = nn.Linear(config.dim, VOCABULARY, bias=False)
-        half = config.dim // config.heads // 2
-        frequency = 10000.0 ** (-torch.arange(half) / half)
-        angle = torch.arange(config.length)[:, None] * frequency
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.embedding(tokens)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.embedding(tokens) + self.positions(positions.expand_as(tokens))
         for block in self.blocks:
-            x = block(x, self.cos, self.sin)
+            x = block(x)
         logits = self.head(self.norm(x))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits.detach()
 
 
 def parallelize(model: Transformer, mesh: DeviceMesh) -> Transformer:
     """Shard the weights over `mesh`, and activations between layers over the sequence.
 
     Between attention and MLP every rank holds a part of the sequence; an all-gather goes before
-    each of them and a reduce-scatter after. The MLP hands a DTensor from w1 to w2, because only
-    a DTensor knows that an uneven width adds up to 682.
+    each of them and a reduce-scatter after. The MLP hands a DTensor from `up` to `down`, because
+    only a DTensor knows that an uneven width adds up to 1022.
     """
     sequence = Shard(1)
-    gather = {"input_layouts": (sequence,), "desired_input_layouts": (Replicate(),)}
     parallelize_module(
         model,
         mesh,
         {
             "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=sequence),
+            "positions": RowwiseParallel(input_layouts=Replicate(), output_layouts=sequence),
             "norm": SequenceParallel(),
             "head": ColwiseParallel(input_layouts=sequence, output_layouts=Replicate()),
         },
@@ -155,18 +143,16 @@ def parallelize(model: Transformer, mesh: DeviceMesh) -> Transformer:
             {
                 "attention_norm": SequenceParallel(),
                 "attention": PrepareModuleInput(
-                    input_layouts=(sequence, None, None),
-                    desired_input_layouts=(Replicate(), None, None),
+                    input_layouts=(sequence,), desired_input_layouts=(Replicate(),)
                 ),
-                "attention.wq": ColwiseParallel(),
-                "attention.wk": ColwiseParallel(),
-                "attention.wv": ColwiseParallel(),
-                "attention.wo": RowwiseParallel(output_layouts=sequence),
+                "attention.qkv": ColwiseParallel(),
+                "attention.out": RowwiseParallel(output_layouts=sequence),
                 "mlp_norm": SequenceParallel(),
-                "mlp": PrepareModuleInput(**gather),
-                "mlp.w1": ColwiseParallel(use_local_output=False),
-                "mlp.w3": ColwiseParallel(use_local_output=False),
-                "mlp.w2": RowwiseParallel(output_layouts=sequence),
+                "mlp": PrepareModuleInput(
+                    input_layouts=(sequence,), desired_input_layouts=(Replicate(),)
+                ),
+                "mlp.up": ColwiseParallel(use_local_output=False),
+                "mlp.down": RowwiseParallel(output_layouts=sequence),
             },
         )
     return model
@@ -175,9 +161,8 @@ def parallelize(model: Transformer, mesh: DeviceMesh) -> Transformer:
 def read_text() -> bytes:
     """The project's own documentation, as bytes."""
     docs = Path(__file__).resolve().parents[1]
-    return b"\n".join(
-        path.read_bytes() for path in (docs.parent / "README.md", *sorted(docs.glob("*.md")))
-    )
+    files = [*docs.parent.glob("README.md"), *sorted(docs.glob("*.md"))]
+    return b"\n".join(file.read_bytes() for file in files)
 
 
 def batches(config: Config, device: torch.device) -> list[tuple[Tensor, Tensor]]:

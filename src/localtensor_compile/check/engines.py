@@ -26,7 +26,7 @@ from .program import (
     ProgramFunction,
     World,
     portable,
-    user_traceback,
+    user_frames,
 )
 
 GLOO = "gloo"
@@ -116,7 +116,7 @@ def _measured(run: Callable[[EngineRun], None]) -> EngineRun:
     except Exception as error:
         result.error = f"{type(error).__name__}: {error}"
         # A GlooError already holds the tracebacks of the workers.
-        result.traceback = "" if isinstance(error, GlooError) else user_traceback(error)
+        result.traceback = "" if isinstance(error, GlooError) else user_frames(error)
     result.seconds = time.perf_counter() - start
     return result
 

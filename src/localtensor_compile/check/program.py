@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ T = TypeVar("T")
 
 DEFAULT_FUNCTION = "program"
 
+_STDLIB = f"{sysconfig.get_path('stdlib')}{os.sep}"
 _NOT_USERS = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}", "<")
 
 
@@ -259,13 +261,24 @@ def portable(program: Program) -> PortableProgram:
 
 # ---- errors in the user's code
 def user_traceback(error: BaseException) -> str:
-    """The traceback of `error` without the frames of torch, of this package and of import."""
+    """The traceback of `error` without frames of torch, this package and the standard library."""
     report = traceback.TracebackException.from_exception(error)
-    own = [frame for frame in report.stack if _is_users(frame.filename)]
-    if own:
-        report.stack = traceback.StackSummary.from_list(own)
+    report.stack = _users_frames(report.stack)
     return "".join(report.format(chain=False)).rstrip()
 
 
+def user_frames(error: BaseException) -> str:
+    """Where in the user's code `error` was raised: the frames of `user_traceback` alone."""
+    frames = _users_frames(traceback.extract_tb(error.__traceback__))
+    return "".join(frames.format()).rstrip()
+
+
+def _users_frames(stack: traceback.StackSummary) -> traceback.StackSummary:
+    own = [frame for frame in stack if _is_users(frame.filename)]
+    return traceback.StackSummary.from_list(own) if own else stack
+
+
 def _is_users(file: str) -> bool:
+    if file.startswith(_STDLIB):
+        return "site-packages" in file
     return not file.startswith(_NOT_USERS)

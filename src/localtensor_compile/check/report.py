@@ -171,7 +171,8 @@ def value_text(rows: Sequence[Row]) -> str:
     return f"{dtype_text(found[0].expected_dtype)}[{dims}]"
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
+    """`1 rank`, `4 ranks`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
@@ -267,7 +268,7 @@ def _summary(report: CheckReport, engine: EngineResult) -> str:
 
 def _verdict(report: CheckReport) -> str:
     outputs = len(_by_output(report.rows))
-    what = f"{report.program}, {_plural(report.world_size, 'rank')}, {_plural(outputs, 'output')}"
+    what = f"{report.program}, {plural(report.world_size, 'rank')}, {plural(outputs, 'output')}"
     if report.ok:
         return f"PASS  {what}: every engine agrees on every rank."
     broken = [engine.name for engine in report.engines if engine.error is not None]
@@ -279,10 +280,13 @@ def _verdict(report: CheckReport) -> str:
 
 # ---- failures in words
 def _failures(report: CheckReport, width: int | None, verbose: bool) -> str:
+    causes: dict[tuple[str, str], list[str]] = {}
+    for engine in report.engines:
+        if engine.error is not None:
+            causes.setdefault((engine.error, engine.traceback), []).append(engine.name)
     parts = [
-        _indented([_wrapped(f"{engine.name} failed: {engine.error}", width), engine.traceback])
-        for engine in report.engines
-        if engine.error is not None
+        _indented([_wrapped(f"{', '.join(names)} failed: {error}", width), traceback])
+        for (error, traceback), names in causes.items()
     ]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in report.rows:
@@ -325,7 +329,7 @@ def explain(row: Row, exact: bool) -> str:
     limit = "bits must be equal" if exact else f"{c.beyond} beyond rtol {rtol:g}, atol {atol:g}"
     ulp = "" if c.max_ulp is None else f", {c.max_ulp} ulp"
     return (
-        f"{c.mismatches} of {_plural(c.numel, 'value')} differ ({limit}); "
+        f"{c.mismatches} of {c.numel} values differ ({limit}); "
         f"max abs {c.max_abs:.3g}, max rel {c.max_rel:.3g}{ulp}; "
         f"first at {list(index)}: {found!r}, {row.reference} has {wanted!r}"
     )

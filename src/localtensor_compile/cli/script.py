@@ -21,7 +21,7 @@ from ..check.program import (
     as_program,
     is_importing,
 )
-from ..check.report import dtype_text, table
+from ..check.report import dtype_text, plural, table
 from .check import add_options, run_check
 
 
@@ -85,5 +85,6 @@ def _summary(outputs: Mapping[str, Tensor], engine: str, seconds: float) -> str:
         wide = value.to(torch.complex128 if value.is_complex() else torch.float64)
         number = value.item() if value.numel() == 1 else float(torch.linalg.vector_norm(wide))
         lines.append([name, f"{dtype_text(value.dtype)}[{shape}]", f"{number:.8g}"])
-    about = f"{dist.get_world_size()} real ranks, {dist.get_backend()}, {engine}, {seconds:.1f} s"
+    ranks = plural(dist.get_world_size(), "real rank")
+    about = f"{ranks}, {dist.get_backend()}, {engine}, {seconds:.1f} s"
     return "\n".join([*table(lines), "", about])
