@@ -347,10 +347,11 @@ def _wrap(shards: dict[int, Tensor], requires_grad: bool = False) -> LocalTensor
         for t in it:
             if t.dtype is not dtype or t.device != device or t.layout is not layout:
                 raise _disagreement(shards)
+            if t.is_neg() or t.is_conj() or keys is not _NO_KEYS:
+                if _extra_keys(t) != keys:
+                    raise _disagreement(shards)
             if t.shape != shape or t.stride() != stride or t.storage_offset() != offset:
                 even = False
-        if keys is not _NO_KEYS and any(_extra_keys(t) != keys for t in shards.values()):
-            raise _disagreement(shards)
     else:
         even = False
         for t in it:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch._dynamo.trace_rules as trace_rules
 import torch.distributed as dist
+import torch.distributed.c10d_logger as c10d_logger
 import torch.distributed.device_mesh as device_mesh
 import torch.distributed.distributed_c10d as c10d
 
@@ -124,8 +125,9 @@ _TRANSPARENT_MODULES = (
     "localtensor_compile",
     "contextlib",
     "functools",
-    "torch.distributed.c10d_logger",
 )
+# Every function of torch.distributed is wrapped by its logger, which asks for ranks itself, too.
+_LOGGER_FILE = c10d_logger.__file__
 # Dynamo calling a ProcessGroup method for traced user code.
 _ASKS_FOR_USER = "torch._dynamo.variables.script_object"
 
@@ -135,6 +137,7 @@ def _asked_by_torch(transparent: Collection[Any] = ()) -> bool:
     frame = sys._getframe(2)
     while frame is not None and (
         frame.f_code in transparent
+        or (frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == _LOGGER_FILE)
         or frame.f_globals.get("__name__", "").startswith(_TRANSPARENT_MODULES)
     ):
         frame = frame.f_back  # type: ignore[assignment]
