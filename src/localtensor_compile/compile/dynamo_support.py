@@ -22,6 +22,7 @@ from ..values.int_node import (
     make_int,
 )
 from ..values.tensor import LocalTensor
+from . import number_outputs
 
 _undo: list[Callable[[], None]] = []
 
@@ -33,6 +34,8 @@ def register() -> None:
     _defer_to_local_nodes()
     _symbols_for_uneven_sizes()
     _per_rank_constants()
+    for owner, name, value in number_outputs.replacements():
+        _set(owner, name, value)
 
 
 def unregister() -> None:

@@ -507,7 +507,9 @@ class LocalIntNode(LocalNode):
         question: Callable[[list[Any], list[Any]], bool],
     ) -> LocalBoolNode:
         flags = {
-            r: question([value_on_rank(s, r) for s in sizes], [value_on_rank(s, r) for s in strides])
+            r: question(
+                [value_on_rank(s, r) for s in sizes], [value_on_rank(s, r) for s in strides]
+            )
             for r in self._values
         }
         result = LocalBoolNode(flags, self._traced)
