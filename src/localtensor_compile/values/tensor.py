@@ -223,6 +223,20 @@ class LocalTensor(Tensor):
             return self
         return self.clone(memory_format=memory_format)
 
+    # These read memory that the wrapper does not have, below any dispatch.
+    def apply_(self, callable: Callable[..., Any]) -> LocalTensor:
+        """Apply a Python function to every element of every shard, in place."""
+        for t in self._local_tensors.values():
+            t.apply_(callable)
+        return self
+
+    def map_(self, tensor: Tensor, callable: Callable[..., Any]) -> LocalTensor:
+        """Write callable(own element, element of `tensor`) into every element of every shard."""
+        for rank, t in self._local_tensors.items():
+            other = tensor._local_tensors[rank] if isinstance(tensor, LocalTensor) else tensor
+            t.map_(other, callable)
+        return self
+
     def __repr__(self, *, tensor_contents: object = None) -> str:
         shards = ",\n".join(f"  {r}: {t}" for r, t in self._local_tensors.items())
         grad = ""
