@@ -42,7 +42,7 @@ def _ordered_kernel(op: Any) -> Any:
     def lower(ranks: Any, call: int, after: Any, *rest: Any) -> Any:
         # The call order replaces `after`, which would keep a gradient alive for nothing.
         made = len(V.graph.operations)
-        out = ir.FallbackKernel.create(op, ranks, call, [], *rest)
+        out = ir.FallbackKernel.create(op, ranks, call, None, *rest)
         kernel = next(o for o in V.graph.operations[made:] if isinstance(o, ir.FallbackKernel))
         chain = V.graph.__dict__.setdefault("_localtensor_draws", [])
         at = bisect.bisect([number for number, _ in chain], call)

@@ -89,7 +89,7 @@ class Node:
         self.types = [_TYPES[str(a.type)] for a in arguments]
         self.fills = fills
         self.outputs = outputs
-        declared = ["int[] ranks", "int call", "Tensor[] after", *(_FILL if fills else ())]
+        declared = ["int[] ranks", "int call", "Tensor? after", *(_FILL if fills else ())]
         # Positional names of our own: generated code breaks on an argument called "from".
         declared += [f"{t} arg{i}" for i, t in enumerate(self.types)]
         name = f"{name}_{VERSION}"
@@ -134,7 +134,7 @@ class Node:
     def _call(self, ranks: Sequence[int], rest: Sequence[Any]) -> list[list[Any]]:
         random_lowering.register_if_inductor_is_loaded()
         with _kept_in_place(self.op):
-            flat = self.op(list(ranks), _call_number(), [], *rest)
+            flat = self.op(list(ranks), _call_number(), None, *rest)
         outputs = len(flat) // len(ranks)
         return [flat[i::outputs] for i in range(outputs)]
 
@@ -269,7 +269,7 @@ def _kept_in_place(op: Any) -> Iterator[None]:
         tangent = next((n for n in graph.nodes if is_tangent(n)), None)
         for node in made:
             if node.target is op and tangent is not None:
-                node.update_arg(_AFTER, [tangent])
+                node.update_arg(_AFTER, tangent)
         return
     for node in made:
         # One that depends on no input would be repeated in backward.

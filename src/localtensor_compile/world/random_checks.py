@@ -18,7 +18,7 @@ from ..errors import PlainTensorError, UnsupportedError
 def _path(func: Any) -> str:
     """Where torch has the function: "rand", "Tensor.normal_", "nn.functional.dropout"."""
     for prefix in ("", "Tensor.", "nn.functional."):
-        owner = attrgetter(prefix[:-1])(torch) if prefix else torch
+        owner: Any = attrgetter(prefix[:-1])(torch) if prefix else torch
         if getattr(owner, func.__name__, None) is func:
             return prefix + func.__name__
     raise UnsupportedError(f"this version of torch has no public name for {func}.")
@@ -73,5 +73,6 @@ def _example(node: Any) -> Any:
 
 def _line(node: Any) -> str:
     """` (File "train.py", line 7, in step: x = torch.rand(3))`, where torch recorded it."""
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
+    lines = [line.strip() for line in (node.stack_trace or "").splitlines()]
+    lines = [line for line in lines if line.strip("^~")]
     return f" ({': '.join(lines[-2:])})" if lines else ""

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .._torch import disable_dynamo
+from .._torch import disable_dynamo, tracing_active
+from ..dispatch.draws import Draw
 from ..dispatch.generators import (
     CPU,
     OnRank,
@@ -253,10 +254,14 @@ def _per_rank(original: Any, per_rank: Callable[..., Any]) -> Any:
     return disable_dynamo(function, recursive=True)
 
 
+# Where the wrapper that disables Dynamo lives.
+_DISABLERS = ("torch._compile", "torch._dynamo.eval_frame")
+
+
 def _called_by_compiler(depth: int) -> bool:
     frame: Any = sys._getframe(depth)
-    while frame is not None and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
-        frame = frame.f_back  # the wrapper that disables Dynamo
+    while frame is not None and frame.f_globals.get("__name__") in _DISABLERS:
+        frame = frame.f_back
     name = "" if frame is None else frame.f_globals.get("__name__", "")
     return name.startswith(_INTERNAL)
 
@@ -274,7 +279,32 @@ def replacements() -> Iterator[Replacement]:
         function = _per_rank(getattr(torch.cuda.random, name), per_rank)
         yield torch.cuda.random, name, function
         yield torch.cuda, name, function
+    init = torch.nn.init
+    yield init, "_no_grad_trunc_normal_", _trunc_normal(init._no_grad_trunc_normal_)
     yield from _dynamo_replacements()
+
+
+def _trunc_normal(original: Any) -> Any:
+    """trunc_normal_ draws again until every value is in bounds: as often as each rank needs."""
+
+    @functools.wraps(original, updated=())
+    def trunc_normal(tensor: Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> Tensor:
+        if not isinstance(tensor, LocalTensor) or tracing_active():
+            return original(tensor, *args, generator=generator, **kwargs)
+        shards = tensor._local_tensors
+        with (
+            torch._C.DisableTorchFunction(),
+            _BY_GENERATOR.turns(shards.keys(), tensor.device, generator) as generators,
+        ):
+            for r, shard in shards.items():
+                original(shard, *args, generator=generators[r], **kwargs)
+        torch.autograd.graph.increment_version(tensor)
+        return tensor
+
+    return disable_dynamo(trunc_normal, recursive=True)
+
+
+_BY_GENERATOR = Draw(torch.normal)  # for functions that take generator=
 
 
 def _dynamo_replacements() -> Iterator[Replacement]:
