@@ -40,7 +40,9 @@ from .torch_hooks.factories import (
     TracedCall,
     decided_while_tracing,
     default_device,
+    in_transform,
     made_by_dynamo,
+    outside_transforms,
     redispatch,
 )
 
@@ -90,7 +92,9 @@ class FactoryMode(TorchFunctionMode):
             device = default_device()
             if self.mode._disable:
                 return as_written(name, args, kwargs, device)
-            return on_ranks(name, self.ranks, args, kwargs, device)
+            result = on_ranks(name, self.ranks, args, kwargs, device)
+            # Dynamo breaks the graph at a new leaf, here as in torch's own factories.
+            return result.requires_grad_() if kwargs.get("requires_grad") else result
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(self, func, args, kwargs)
@@ -115,7 +119,7 @@ def _factory(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[s
         or (func is torch.as_tensor and _is_numpy(args) and made_by_dynamo(caller.f_code))
     ):
         return func(*args, **kwargs)
-    return _BUILDERS[func](func, mode.ranks, args, kwargs)
+    return _build(func, mode.ranks, args, kwargs)
 
 
 def _is_numpy(args: tuple[Any, ...]) -> bool:
@@ -152,12 +156,8 @@ def _decide(call: TracedCall) -> str | None:
     except TypeError:  # not hashable
         return None
     if factory:
-        if (
-            kwargs.get("out") is not None
-            or kwargs.get("requires_grad")
-            or _is_internal(call.caller)
-        ):
-            return None  # Dynamo itself breaks the graph at requires_grad=True
+        if kwargs.get("out") is not None or _is_internal(call.caller):
+            return None
         if func in (torch.as_tensor, torch.asarray) and NUMPY_ARRAY in (*args, *kwargs.values()):
             return "torch.tensor"  # an array of NumPy is already a plain tensor in the graph
         return name_of(func)
@@ -191,7 +191,8 @@ def on_ranks(
             if func in PLAIN_DRAWS and not holds_rank_number((*args, *kwargs.values())):
                 return plain_draw(func, ranks, args, kwargs)
             return call_with_numbers(func, args, kwargs)
-        return build(func, ranks, args, _with_device(kwargs, device))
+        kwargs, _ = _without_grad(_with_device(kwargs, device))
+        return _build(func, ranks, args, kwargs)
 
 
 @torch.compiler.allow_in_graph
@@ -247,20 +248,30 @@ _INTERNAL = (
     "torch.testing._comparison",
     "triton",
 )
-_internal: dict[str | None, bool] = {None: False}
+_internal: dict[str, bool] = {"torch": True}
 
 
 def _is_internal(module: str | None) -> bool:
+    if module is None:
+        return False
     found = _internal.get(module)
     if found is None:
-        found = module == "torch" or any(
-            module == name or module.startswith(name + ".") for name in _INTERNAL
-        )
+        found = any(module == name or module.startswith(name + ".") for name in _INTERNAL)
         _internal[module] = found
     return found
 
 
 # ---------------------------------------------------------------- builders
+def _build(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not in_transform():
+        return _BUILDERS[func](func, ranks, args, kwargs)
+    if any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
+        return func(*args, **kwargs)
+    # Inside of grad or vmap a factory gives a tensor of that transform, which cannot be a shard.
+    with outside_transforms():
+        return _BUILDERS[func](func, ranks, args, kwargs)
+
+
 def _each_rank(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call the factory once per rank."""
     if kwargs.get("out") is not None:

@@ -8,6 +8,8 @@ Dynamo's own records.
 from __future__ import annotations
 
 import functools
+import hashlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import torch
 from torch.utils._device import DeviceContext
 
 from ...errors import UnsupportedError
+from ..state import enabled_local_tensor_mode
 
 NUMPY_ARRAY = object()
 """Stands for a NumPy array among the arguments of a TracedCall."""
@@ -153,20 +156,41 @@ redispatch: Callable[..., Any] = getattr(torch.overrides, "redispatch_function",
 default_device = _answered(_default_device, _traced_default_device)
 
 
+# Dynamo would record these as they are; outside of it, the factories in them pass through the mode.
+PYTHON_FACTORIES = {getattr(torch.signal.windows, name) for name in torch.signal.windows.__all__}
+
+
 def replacements() -> Iterator[tuple[Any, str, Any]]:
     import torch._dynamo.variables.torch as dynamo_torch
+    import torch._inductor.config
 
+    from .. import factories
     from ..loading import load_per_rank
 
     yield torch, "load", load_per_rank(torch.load)
-    overridable = dynamo_torch.get_overridable_functions
+    known = dynamo_torch.get_overridable_functions
+    shown = known() | PYTHON_FACTORIES
 
-    @functools.cache
-    def get_overridable_functions() -> set[Any]:
-        return overridable() | _PYTHON_FACTORIES
+    @functools.wraps(known, updated=())
+    def get_overridable_functions() -> Any:
+        return known() if enabled_local_tensor_mode() is None else shown
 
     yield dynamo_torch, "get_overridable_functions", get_overridable_functions
+    # AOTAutograd may cache graphs with our nodes: they depend on nothing but their arguments.
+    cacheable = torch._inductor.config.unsafe_marked_cacheable_functions
+    for node in (factories.on_ranks, factories.as_written):
+        yield cacheable, f"{node.__module__}.{node.__name__}", _sources_fingerprint()
     yield from _higher_order_operators()
+
+
+@functools.cache
+def _sources_fingerprint() -> str:
+    """Changes when the code that such a node runs changes."""
+    from ...dispatch import random_factories
+    from .. import factories, rank_numbers
+
+    sources = "".join(inspect.getsource(m) for m in (factories, rank_numbers, random_factories))
+    return hashlib.sha256(sources.encode()).hexdigest()
 
 
 def _higher_order_operators() -> Iterator[tuple[Any, str, Any]]:
@@ -188,10 +212,3 @@ def _higher_order_operators() -> Iterator[tuple[Any, str, Any]]:
         return original(tx, fn, args, kwargs)
 
     yield dynamo_modes, "dispatch_torch_function", dispatch_torch_function
-
-
-# Dynamo would record these as they are, without asking a function mode; outside of Dynamo they
-# pass through the mode (torch.normal), or the factories in them do.
-_PYTHON_FACTORIES = {torch.normal} | {
-    getattr(torch.signal.windows, name) for name in torch.signal.windows.__all__
-}
