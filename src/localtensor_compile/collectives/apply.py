@@ -91,6 +91,28 @@ def all_reduce(tensor: LocalTensor, op: str, groups: Groups, what: str) -> Local
     return run(OPS.all_reduce.default, tensor, groups, checked_op(op))
 
 
+def all_reduce_together(
+    tensors: Sequence[LocalTensor], op: str, groups: Groups, what: str
+) -> list[LocalTensor]:
+    """all_reduce of several tensors in one: gloo joins them, which decides how sums associate."""
+    for t in tensors:
+        require_same_shape(t, groups, what, slice(None))
+    if len({t.dtype for t in tensors}) > 1:
+        raise CollectiveError(
+            f"{what} got tensors of dtypes {sorted({str(t.dtype) for t in tensors})}. "
+            "Use one dtype, or one call per dtype."
+        )
+    ranks = list(tensors[0]._local_tensors)
+    joined = {r: torch.cat([t._local_tensors[r].reshape(-1) for t in tensors]) for r in ranks}
+    reduced = all_reduce(_wrap(joined), op, groups, what)._local_tensors
+    parts = {}
+    for r in ranks:
+        shards = [t._local_tensors[r] for t in tensors]
+        split = torch.split(reduced[r], [s.numel() for s in shards])
+        parts[r] = [p.reshape(s.shape).clone() for p, s in zip(split, shards)]
+    return [_wrap({r: parts[r][k] for r in ranks}) for k in range(len(tensors))]
+
+
 def all_gather(tensor: LocalTensor, groups: Groups, what: str) -> LocalTensor:
     require_rows(tensor, what)
     require_same_shape(tensor, groups, what, slice(None))

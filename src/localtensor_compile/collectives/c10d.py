@@ -17,6 +17,7 @@ from ..values.tensor import LocalTensor, _wrap
 from . import apply
 from .groups import Groups
 from .ops import OPS
+from .reduction import memory_order
 
 _table: dict[str, Callable[..., Any]] = {}
 
@@ -70,17 +71,33 @@ def _allreduce_(
 
 def _allreduce_one(tensor: Any, process_group: Any, reduce_op: Any) -> None:
     tensor, groups = _operand(tensor, process_group, "all_reduce")
+    tensor = _by_memory(tensor)
     source, op = _reduced(tensor, reduce_op)
     result = apply.all_reduce(source, op, groups, "all_reduce")
     apply.copy_into(tensor, result, groups.members, "all_reduce")
+
+
+def _by_memory(tensor: LocalTensor) -> LocalTensor:
+    """gloo reduces in place in the order of the memory, which decides how sums associate."""
+    shards = tensor._local_tensors
+    if all(t.is_contiguous() for t in shards.values()):
+        return tensor
+    return _wrap({r: memory_order(t) for r, t in shards.items()})
 
 
 @_handles("allreduce_coalesced_")
 def _allreduce_coalesced_(
     tensors: Any, process_group: Any, reduce_op: Any, *_: Any, **__: Any
 ) -> Any:
-    for t in tensors:
-        _allreduce_one(t, process_group, reduce_op)
+    what = "all_reduce_coalesced"
+    targets = [_by_memory(apply.local(t, what)) for t in tensors]
+    if targets:
+        groups = apply.locate(targets[0], process_group)
+        sources = [_reduced(t, reduce_op) for t in targets]
+        op = sources[0][1]
+        results = apply.all_reduce_together([s for s, _ in sources], op, groups, what)
+        for target, result in zip(targets, results):
+            apply.copy_into(target, result, groups.members, what)
     return completed_work(tensors)
 
 
@@ -95,11 +112,12 @@ def _reduce_(
     **__: Any,
 ) -> Any:
     tensor, groups = _operand(tensors[0], process_group, "reduce")
+    tensor = _by_memory(tensor)
     source, op = _reduced(tensor, reduce_op)
     apply.require_same_shape(source, groups, "reduce", slice(None))
     _check_root(root_rank, groups, "reduce")
     result = apply.run(OPS.reduce.default, source, groups, apply.checked_op(op), root_rank)
-    apply.copy_into(tensor, result, [g[root_rank] for g in groups.ranks], "reduce")
+    apply.copy_into(tensor, result, groups.members, "reduce")
     return completed_work(tensors)
 
 

@@ -61,13 +61,17 @@ def _all_reduce_(input: Any, reduce_op: str, group_name: Any) -> LocalTensor:
 
 @_handles("all_reduce_coalesced")
 def _all_reduce_coalesced(inputs: Any, reduce_op: str, group_name: Any) -> list[LocalTensor]:
-    return [_all_reduce(t, reduce_op, group_name) for t in inputs]
+    what = "all_reduce_coalesced"
+    located = [_member_groups(t, group_name, what) for t in inputs]
+    tensors = [t for t, _ in located]
+    return apply.all_reduce_together(tensors, reduce_op, located[0][1], what) if tensors else []
 
 
 @_handles("all_reduce_coalesced_")
 def _all_reduce_coalesced_(inputs: Any, reduce_op: str, group_name: Any) -> Any:
-    for t in inputs:
-        _all_reduce_(t, reduce_op, group_name)
+    results = _all_reduce_coalesced(inputs, reduce_op, group_name)
+    for t, result in zip(inputs, results):
+        apply.copy_into(t, result, result._local_tensors, "all_reduce_coalesced_")
     return inputs
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reduction import reduce_shards
+from .reduction import reduce_shards, reduce_to_root
 
 
 class _Settings(threading.local):
@@ -97,9 +97,12 @@ def reduce(
     groups: Sequence[int],
     group_size: int,
 ) -> list[Tensor]:
+    """What each rank's tensor holds afterwards; only that of `root`, a group rank, is defined."""
     out: list[Any] = [None] * len(shards)
     for group in chunks(groups, group_size):
-        out[group[root]] = reduce_shards([shards[i] for i in group], op, order=settings.order)
+        left = reduce_to_root([shards[i] for i in group], op, root, order=settings.order)
+        for i, t in zip(group, left):
+            out[i] = t
     return _fill(out, shards)
 
 
