@@ -215,3 +215,21 @@ def in_traced_backward() -> bool:
 def is_tangent(node: Any) -> bool:
     """Whether an FX node is an input of the backward half of AOTAutograd's joint graph."""
     return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def unbatched(tensor: Any) -> Any:
+    """The tensor inside the wrappers of torch.func (vmap, grad); others as they are."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def vmap_randomness() -> str | None:
+    """The `randomness` of the innermost torch.vmap that is running, or None."""
+    from torch._C._functorch import CVmapInterpreterPtr, TransformType
+
+    for interpreter in reversed(torch._C._functorch.get_interpreter_stack() or ()):
+        if interpreter.key() == TransformType.Vmap:
+            return CVmapInterpreterPtr(interpreter).randomness().name.lower()
+    return None

@@ -14,7 +14,7 @@ import torch
 from torch import Generator
 
 from ..errors import UnsupportedError
-from .generators import current, default_generator, replayed, replayed_as_default
+from .generators import current, default_generator, is_default, replayed, replayed_as_default
 
 
 class Draw:
@@ -54,7 +54,7 @@ class Draw:
         if device.type == "meta":
             yield dict.fromkeys(ranks)
             return
-        if generator is not None and generator is default_generator(generator.device):
+        if generator is not None and is_default(generator):
             generator = None
         world = current()
         if generator is None and world is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -290,10 +289,15 @@ def pop(generators: RankGenerators) -> None:
 
 
 # ---- one generator for all ranks
-# Where ranks drew different amounts from one Generator: the state it was left in, {rank: state}.
-_left: weakref.WeakKeyDictionary[Generator, tuple[Tensor, dict[int, Tensor]]] = (
-    weakref.WeakKeyDictionary()
-)
+# Where ranks drew different amounts from one Generator: its address -> the generator (so that the
+# address stays its own), the state it was left in, {rank: state}. By address, because every call
+# through the dispatcher makes a new Python object for the same generator.
+_left: dict[int, tuple[Generator, Tensor, dict[int, Tensor]]] = {}
+
+
+def is_default(generator: Generator) -> bool:
+    """Whether this is torch's default generator of a device (as torch.manual_seed returns)."""
+    return generator._cdata == default_generator(generator.device)._cdata
 
 
 @contextlib.contextmanager
@@ -316,12 +320,12 @@ def replayed(generator: Generator, ranks: Collection[int]) -> Iterator[dict[int,
     after = {r: g.get_state() for r, g in copies.items()}
     common = _common_state(after)
     if common is not None:
-        _left.pop(generator, None)
+        _left.pop(generator._cdata, None)
         generator.set_state(common)
     else:
         first = next(iter(after.values()))
         generator.set_state(first)
-        _left[generator] = (first, after)
+        _left[generator._cdata] = (generator, first, after)
 
 
 @contextlib.contextmanager
@@ -335,10 +339,10 @@ def replayed_as_default(
 
 def _states_of(generator: Generator, ranks: Collection[int]) -> dict[int, Tensor]:
     state = generator.get_state()
-    known = _left.get(generator)
+    known = _left.get(generator._cdata)
     if known is None:
         return dict.fromkeys(sorted(ranks), state)
-    left, states = known
+    _, left, states = known
     if torch.equal(left, state) and all(r in states for r in ranks):
         return {r: states[r] for r in sorted(ranks)}
     seeded = Generator(generator.device).manual_seed(generator.initial_seed())
@@ -346,7 +350,7 @@ def _states_of(generator: Generator, ranks: Collection[int]) -> dict[int, Tensor
         return dict.fromkeys(sorted(ranks), state)
     what = (
         "torch's default generator"
-        if generator is torch.default_generator
+        if is_default(generator)
         else "a torch.Generator passed as generator="
     )
     raise RankDivergence(

@@ -13,12 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._torch import FakeTensor, FunctionalTensor, tracing_active
+from .._torch import (
+    FakeTensor,
+    FunctionalTensor,
+    tracing_active,
+    unbatched,
+    vmap_randomness,
+)
 from ..errors import PlainTensorError, UnsupportedError
 from ..values.ranked import per_rank_values, pick_tree
 from ..values.tensor import LocalTensor, _checked_shards, _wrap
 from .draws import Draw, traced_generator_error
-from .generators import CPU, current, default_generator
+from .generators import CPU, current, is_default
 from .random_nodes import NODES, RANDPERM, Node
 
 aten = torch.ops.aten
@@ -40,7 +46,7 @@ def random_factory(func: Any, ranks: Collection[int], args: Args, kwargs: Kwargs
     Raises:
         PlainTensorError: `out=` is a plain tensor.
         UnsupportedError: while a graph is traced: generator=, requires_grad=True, out=,
-            pin_memory=True, or a layout other than strided.
+            pin_memory=True, or a layout other than strided. Inside vmap(randomness="different").
     """
     out = kwargs.get("out")
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a is not out]
@@ -51,10 +57,26 @@ def random_factory(func: Any, ranks: Collection[int], args: Args, kwargs: Kwargs
             f"torch.{func.__name__} inside LocalTensorMode draws for every rank, but out= is one "
             "plain tensor. Leave out= away, or pass a LocalTensor."
         )
+    refuse_in_vmap(func)
     ranks = tuple(sorted(ranks))
     if tracing_active():
         return _traced(func, ranks, args, kwargs)
     return _eager(func, ranks, args, kwargs)
+
+
+def refuse_in_vmap(func: Any) -> None:
+    """Raise where torch.vmap would draw for each example: a factory has no mapped tensor.
+
+    Raises:
+        UnsupportedError: inside vmap, unless its randomness is "same" (one draw for all examples).
+    """
+    randomness = vmap_randomness()
+    if randomness not in (None, "same"):
+        raise UnsupportedError(
+            f"torch.{func.__name__} inside torch.vmap(randomness={randomness!r}) cannot draw per "
+            "rank. Use torch.rand_like, randn_like or randint_like of a mapped tensor with "
+            "randomness='different', pass randomness='same', or draw outside of vmap."
+        )
 
 
 def _eager(func: Any, ranks: Ranks, args: Args, kwargs: Kwargs) -> LocalTensor:
@@ -88,7 +110,8 @@ def _eager(func: Any, ranks: Ranks, args: Args, kwargs: Kwargs) -> LocalTensor:
 def _traced(func: Any, ranks: Ranks, args: Args, kwargs: Kwargs) -> LocalTensor:
     kwargs = dict(kwargs)
     name = f"torch.{func.__name__}"
-    if kwargs.pop("generator", None) is not None:
+    generator = kwargs.pop("generator", None)
+    if generator is not None and not is_default(generator):
         raise traced_generator_error(name)
     for option, allowed in _TRACED_OPTIONS.items():
         given = kwargs.pop(option, None)
@@ -172,10 +195,17 @@ def plain_draw(func: Any, ranks: Collection[int], args: Args, kwargs: Kwargs) ->
 
     Raises:
         PlainTensorError: the ranks would draw different bits, or a graph is being traced.
+        UnsupportedError: inside vmap, a function of which torch makes one draw for all ranks.
     """
     if not draws_for_plain(func, args, kwargs):
         return func(*args, **kwargs)
     what = getattr(func, "__name__", str(func))
+    if any(type(unbatched(t)) is LocalTensor for t in pytree.tree_leaves((args, kwargs))):
+        raise UnsupportedError(
+            f"{what} inside torch.vmap(randomness={vmap_randomness()!r}) cannot draw per rank: "
+            "torch itself draws there, once for all ranks. Multiply by torch.bernoulli of a mapped "
+            "tensor, use torch.rand_like or randn_like, or draw outside of vmap."
+        )
     if tracing_active():
         raise PlainTensorError(
             f"{what} would draw random numbers for a plain tensor inside a compiled or traced "
@@ -184,9 +214,7 @@ def plain_draw(func: Any, ranks: Collection[int], args: Args, kwargs: Kwargs) ->
         )
     world = current()
     generator = kwargs.get("generator")
-    if world is None or (
-        generator is not None and generator is not default_generator(generator.device)
-    ):
+    if world is None or (generator is not None and not is_default(generator)):
         return func(*args, **kwargs)
     kwargs = {k: v for k, v in kwargs.items() if k != "generator"}
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -196,18 +224,25 @@ def plain_draw(func: Any, ranks: Collection[int], args: Args, kwargs: Kwargs) ->
 
 
 def draws_for_plain(func: Any, args: Args, kwargs: Mapping[str, Any]) -> bool:
-    """Whether this call draws random numbers for tensors of which none is a LocalTensor.
+    """Whether this call draws random numbers into a plain tensor, once for all ranks.
 
-    True only for functions in PLAIN_DRAWS and RANDOM_FACTORIES; False for a dropout that is off.
+    True only for functions in PLAIN_DRAWS and RANDOM_FACTORIES that get no LocalTensor, and for
+    those that torch.vmap rewrites to draw into a plain tensor; False for a dropout that is off.
     Tensor subclasses that may hold LocalTensors (DTensor) count as LocalTensors.
     """
     off = PLAIN_DRAWS.get(func)
-    if off is None and func not in RANDOM_FACTORIES:
+    if (off is None and func not in RANDOM_FACTORIES) or (off and off(*args, **kwargs)):
         return False
-    leaves = pytree.tree_leaves((args, dict(kwargs)))
-    if any(isinstance(t, Tensor) and type(t) not in _PLAIN_TYPES for t in leaves):
+    tensors = [t for t in pytree.tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor)]
+    if all(type(unbatched(t)) in _PLAIN_TYPES for t in tensors):
+        return True
+    randomness = vmap_randomness()
+    if randomness is None:
         return False
-    return off is None or not off(*args, **kwargs)
+    # Found by comparing every function with plain torch.
+    return off in (_dropout_off, _attention_off) or (
+        randomness == "same" and (func.__name__.endswith("_") or func is torch.native_dropout)
+    )
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor)

@@ -20,7 +20,7 @@ from ..errors import UnsupportedError
 from ..values.op_table import Handler, add_rule, handler_of
 from ..values.tensor import LocalTensor, _wrap
 from .draws import Draw, traced_generator_error
-from .generators import default_generator
+from .generators import is_default
 from .per_rank import OpPlan, run_per_rank
 from .random_factories import RANDOM_FACTORIES as RANDOM_FACTORIES
 from .random_factories import random_factory as random_factory
@@ -108,7 +108,7 @@ class RandomOp:
             kwargs = {k: v for k, v in kwargs.items() if k != "generator"}
         else:
             return args, kwargs, None
-        if generator is not None and generator is default_generator(generator.device):
+        if generator is not None and is_default(generator):
             generator = None  # what torch.manual_seed returns: each rank's own
         return args, kwargs, generator
 
