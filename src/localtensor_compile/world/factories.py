@@ -31,6 +31,7 @@ from .rank_numbers import (
     holds_rank_number,
     is_plain,
     name_of,
+    plain_write,
     rank_numbers_in_index,
     tensor_on_rank,
 )
@@ -110,7 +111,9 @@ class FactoryMode(TorchFunctionMode):
 
 # ---------------------------------------------------------------- handlers of eager calls
 def _factory(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    caller = sys._getframe(2)  # above __torch_function__
+    caller: Any = sys._getframe(1)
+    while caller.f_code.co_name == "__torch_function__":  # ours, or that of a mode above ours
+        caller = caller.f_back
     if (
         mode.mode._disable
         or mode.mode is not local_tensor_mode()
@@ -274,7 +277,10 @@ def _build(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _each_rank(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call the factory once per rank."""
-    if kwargs.get("out") is not None:
+    out = kwargs.get("out")
+    if out is not None:
+        if is_plain(out) and _holds_rank_value((args, kwargs)):
+            raise plain_write(func, args, kwargs, out)
         return func(*args, **kwargs)
     kwargs, requires_grad = _without_grad(kwargs)
     if not _holds_rank_value((args, kwargs)):
@@ -299,7 +305,11 @@ def _tensor(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, An
     """torch.tensor: always a copy."""
     data = args[0] if args else kwargs.get("data")
     if isinstance(data, Tensor):
-        return _copies(func, ranks, args, kwargs) if is_plain(data) else func(*args, **kwargs)
+        if not is_plain(data):
+            return func(*args, **kwargs)
+        kwargs, requires_grad = _without_grad(kwargs)
+        made = data.detach().to(kwargs.get("device"), kwargs.get("dtype"))
+        return _joined(func, {r: made.clone() for r in ranks}, requires_grad)
     if not _holds_rank_value(data):
         return _copies(func, ranks, args, kwargs)
     kwargs, requires_grad = _without_grad(kwargs)

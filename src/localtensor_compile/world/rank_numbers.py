@@ -63,7 +63,7 @@ def call_with_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if not tensors or not all(is_plain(t) for t in tensors):
         return _call(func, args, kwargs)
     if writes(func, kwargs):
-        raise _plain_write(func, args, kwargs, tensors[0])
+        raise plain_write(func, args, kwargs, tensors[0])
     ranks = _ranks(args, kwargs)
     copies: list[LocalTensor] = []
 
@@ -77,7 +77,7 @@ def call_with_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     versions = None if tracing_active() else _versions(copies)
     result = _call(func, args, kwargs)
     if versions is not None and _versions(copies) != versions:
-        raise _plain_write(func, args, kwargs, tensors[0])
+        raise plain_write(func, args, kwargs, tensors[0])
     return result
 
 
@@ -131,9 +131,10 @@ def writes(func: Any, kwargs: dict[str, Any]) -> bool:
     )
 
 
-def _plain_write(
+def plain_write(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: Tensor
 ) -> PlainTensorError:
+    """The error for a call that would write into the plain tensor `target`."""
     return PlainTensorError(
         f"{name_of(func)} would write with the per-rank number "
         f"{_numbers_text(args, kwargs)} into a plain tensor of shape {tuple(target.shape)}: only "
@@ -185,7 +186,7 @@ def _get_item(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _set_item(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     tensor, index, value = args
     if is_plain(tensor):
-        raise _plain_write(func, args, kwargs, tensor)
+        raise plain_write(func, args, kwargs, tensor)
     tensor, rest = _selected(tensor, index)
     if is_ranked(value):
         value = tensor_of_numbers(value, dtype=tensor.dtype, device=tensor.device)

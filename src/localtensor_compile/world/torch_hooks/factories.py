@@ -52,7 +52,10 @@ def decided_while_tracing(
         return None
 
     def answer(_: Any, tx: Any, func: Any, args: Any, kwargs: Any) -> Any:
-        caller = tx.parent.f_globals.get("__name__") if tx.parent is not None else None
+        frame = tx
+        while frame.f_code.co_name == "__torch_function__" and frame.parent is not None:
+            frame = frame.parent
+        caller = frame.f_globals.get("__name__")
         call = TracedCall(_python(func), _example(args), _examples_by_name(kwargs), caller)
         return _constant(tx, decide(call))
 
@@ -158,6 +161,9 @@ default_device = _answered(_default_device, _traced_default_device)
 
 # Dynamo would record these as they are; outside of it, the factories in them pass through the mode.
 PYTHON_FACTORIES = {getattr(torch.signal.windows, name) for name in torch.signal.windows.__all__}
+# Dynamo does not show these to a function mode either; outside of it, the functions of
+# torch.nn.functional that call them pass through the mode.
+_NN_FUNCTIONS = {f for f in vars(torch._C._nn).values() if callable(f)}
 
 
 def replacements() -> Iterator[tuple[Any, str, Any]]:
@@ -169,7 +175,7 @@ def replacements() -> Iterator[tuple[Any, str, Any]]:
 
     yield torch, "load", load_per_rank(torch.load)
     known = dynamo_torch.get_overridable_functions
-    shown = known() | PYTHON_FACTORIES
+    shown = known() | PYTHON_FACTORIES | _NN_FUNCTIONS
 
     @functools.wraps(known, updated=())
     def get_overridable_functions() -> Any:
