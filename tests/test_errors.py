@@ -313,13 +313,31 @@ def test_functional_collective_on_a_plain_tensor():
     with LocalTensorMode(2) as mode:
         with mode.disable():
             plain = torch.ones(4)
-        try:
-            result = funcol.all_reduce(plain, "sum", dist.group.WORLD)
-        except lt.LocalTensorError as error:
-            assert "plain tensor" in str(error)
-        else:
-            with mode.disable():
-                assert torch.equal(result + 0, torch.full((4,), 2.0))
+        group = dist.group.WORLD
+        reduced = funcol.all_reduce(plain, "sum", group)
+        gathered = funcol.all_gather_tensor(plain, 0, group)
+        with mode.disable():
+            assert torch.equal(reduced, torch.full((4,), 2.0))
+            assert torch.equal(gathered, torch.ones(8))
+        message = "_c10d_functional.reduce_scatter_tensor on plain tensors of shapes"
+        with pytest.raises(PlainTensorError, match=message):
+            funcol.reduce_scatter_tensor(plain, "sum", 0, group)
+
+        def compiled(t):
+            return funcol.all_reduce(t * 2, "sum", group) + 1
+
+        torch._dynamo.reset()
+        result = torch.compile(compiled, backend="aot_eager", fullgraph=True)(plain)
+        with mode.disable():
+            assert torch.equal(result, torch.full((4,), 5.0))
+
+
+def test_data_of_a_plain_tensor():
+    with LocalTensorMode(2) as mode:
+        with mode.disable():
+            plain = torch.ones(4)
+        with pytest.raises(PlainTensorError, match=r"tensor\.data = \.\.\. would put the values of se"):
+            plain.data = torch.zeros(4)
 
 
 # ---------------------------------------------------------------- writes into plain tensors

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._torch import finished_work, reduce_op_of
+from .._torch import finished_work, reduce_op_of, resolve_group
 from ..errors import PlainTensorError
 from ..values.tensor import LocalTensor
+from .apply import checked_op
 from .ops import settings
 from .reduction import reduce_shards
 
@@ -62,12 +64,50 @@ def collective(name: str, group: Any, args: Sequence[Any], kwargs: dict[str, Any
             for output in outputs:
                 output.copy_(input)
         return finished_work(args[0])
+    raise _refused(f"ProcessGroup.{name}", tensors)
+
+
+_functional = torch.ops._c10d_functional
+FUNCTIONAL = frozenset(
+    getattr(_functional, name)
+    for name in (
+        "all_reduce", "all_reduce_", "all_gather_into_tensor", "broadcast", "broadcast_",
+        "reduce_scatter_tensor", "all_to_all_single", "all_reduce_coalesced",
+        "all_gather_into_tensor_coalesced", "reduce_scatter_tensor_coalesced",
+    )
+)  # fmt: skip
+"""The functional collectives, which reach the process group below any Python."""
+
+
+def functional(func: Any, args: Sequence[Any]) -> Any:
+    """Run a functional collective on plain tensors.
+
+    Raises:
+        PlainTensorError: the result would differ per rank.
+    """
+    name = str(func).rpartition(".")[2]
+    tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+    if name.startswith("broadcast"):
+        return args[0] if name.endswith("_") else args[0].clone()
+    if name.startswith("all_reduce"):
+        size = resolve_group(args[2]).size()
+        op = checked_op(args[1])
+        results = [reduce_shards([t] * size, op, order=settings.order) for t in tensors]
+        if name.endswith("_"):
+            return args[0].copy_(results[0])
+    elif name.startswith("all_gather"):
+        results = [torch.cat([t] * args[1]) for t in tensors]
+    else:
+        raise _refused(f"_c10d_functional.{name}", tensors)
+    return results if isinstance(args[0], (list, tuple)) else results[0]
+
+
+def _refused(name: str, tensors: Sequence[Tensor]) -> PlainTensorError:
     shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
-    raise PlainTensorError(
-        f"ProcessGroup.{name} on plain tensors of shapes {shapes} would have another result on "
-        "every rank, which a plain tensor cannot hold. Make the "
-        "operands LocalTensors: create them inside LocalTensorMode, or with rank_map or "
-        "replicate(tensor)."
+    return PlainTensorError(
+        f"{name} on plain tensors of shapes {shapes} would have another result on every rank, "
+        "which a plain tensor cannot hold. Make the operands LocalTensors: create them inside "
+        "LocalTensorMode, or with rank_map or replicate(tensor)."
     )
 
 

@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..collectives.plain import FUNCTIONAL
+from ..collectives.plain import functional as plain_collective
 from ..dispatch.random_factories import PLAIN_DRAWS, draws_for_plain, plain_draw
 from ..dispatch.random_ops import RANDOM_FACTORIES, random_factory
-from ..errors import UnsupportedError
+from ..errors import PlainTensorError, UnsupportedError
 from ..values.ranked import pick_tree
 from ..values.tensor import LocalTensor, _checked_shards, _wrap
 from .rank_numbers import (
@@ -144,6 +146,29 @@ def _draw(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     return plain_draw(func, mode.ranks, args, kwargs)
 
 
+def _collective(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The simulated process group moves no data: plain tensors must not reach it."""
+    if mode.mode._disable or mode.mode is not local_tensor_mode() or not _all_plain(args):
+        return func(*args, **kwargs)
+    return plain_collective(func, args)
+
+
+def _set_data(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    target, value = args
+    if isinstance(value, LocalTensor) and not isinstance(target, LocalTensor):
+        raise PlainTensorError(
+            "tensor.data = ... would put the values of several ranks into one plain tensor of "
+            f"shape {tuple(target.shape)}: only one rank's value could stay. Make the target a "
+            "LocalTensor first, with rank_map or replicate."
+        )
+    return func(*args, **kwargs)
+
+
+def _all_plain(values: Any) -> bool:
+    tensors = [t for t in torch.utils._pytree.tree_leaves(values) if isinstance(t, Tensor)]
+    return bool(tensors) and all(is_plain(t) for t in tensors)
+
+
 def _reentered(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A function in Python that calls factories: torch runs it with the mode off, this does not."""
     with mode:
@@ -166,13 +191,15 @@ def _decide(call: TracedCall) -> str | None:
         return name_of(func)
     if func in PLAIN_DRAWS and draws_for_plain(func, args, kwargs):
         return name_of(func)
+    if func in FUNCTIONAL:
+        name = str(func).rpartition(".")[2]
+        return f"torch.ops._c10d_functional.{name}" if _all_plain(args) else None
     values = (*args, *kwargs.values())
     if not any(v.__class__ in MAY_HOLD_NUMBERS and holds_rank_number(v) for v in values):
         return None
     if func in BY_INDEX:
         return name_of(func)
-    tensors = [t for t in torch.utils._pytree.tree_leaves(values) if isinstance(t, Tensor)]
-    return name_of(func) if tensors and all(is_plain(t) for t in tensors) else None
+    return name_of(func) if _all_plain(values) else None
 
 
 _rewritten = decided_while_tracing(_decide)
@@ -191,6 +218,8 @@ def on_ranks(
     with torch._C.DisableTorchFunction():
         build = _BUILDERS.get(func)
         if build is None:
+            if func in FUNCTIONAL:
+                return plain_collective(func, args)
             if func in PLAIN_DRAWS and not holds_rank_number((*args, *kwargs.values())):
                 return plain_draw(func, ranks, args, kwargs)
             return call_with_numbers(func, args, kwargs)
@@ -444,6 +473,8 @@ _BUILDERS: dict[Any, Builder] = {
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_BUILDERS, _factory),
     **dict.fromkeys(PLAIN_DRAWS, _draw),
+    **dict.fromkeys(FUNCTIONAL, _collective),
+    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     **dict.fromkeys((Tensor.__getitem__, Tensor.__setitem__), _index),
     **dict.fromkeys(
         (
