@@ -76,8 +76,8 @@ def _target_of_callable(function: Callable[..., Any]) -> Target:
     module = sys.modules.get(getattr(function, "__module__", None) or "")
     if name is None or module is None or "<" in name or _attribute(module, name) is not function:
         raise GlooError(
-            f"{name or function!r} cannot run in other processes, because they cannot import it: "
-            "it is a lambda, or made inside another function, or bound to an object. Define a "
+            f"{name or repr(function)} cannot run in other processes, which cannot import it: it "
+            "is a lambda, or made inside another function, or bound to an object. Define a "
             "function at the top level of a file, and pass what it needs as arguments."
         )
     file = getattr(module, "__file__", None)

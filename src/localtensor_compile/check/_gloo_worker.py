@@ -39,6 +39,8 @@ REQUEST = struct.Struct("!cq")
 ANSWER = struct.Struct("!q")
 READY, FORK, WAIT = b"R", b"F", b"W"
 
+_inside = False
+
 # Imported before the first fork, so that the workers do not each pay for them.
 _PRELOAD = ("torch.distributed.tensor", "localtensor_compile")
 
@@ -146,7 +148,14 @@ def _exit_code(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def inside() -> bool:
+    """Whether this process is a gloo worker."""
+    return _inside
+
+
 def _worker_process(channel_fd: int, log_fd: int, out_fd: int, err_fd: int) -> NoReturn:
+    global _inside
+    _inside = True
     try:
         # What the program prints goes to the user's terminal; what C++ prints goes to the log,
         # and so do the streams that torch's loggers got hold of before.
@@ -185,7 +194,6 @@ class _Worker:
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._main = threading.get_ident()
         self._programs = Programs()
-        self._random = torch.get_rng_state(), random.getstate(), np.random.get_state()
 
     def serve(self) -> NoReturn:
         threading.Thread(target=self._listen, daemon=True).start()
@@ -218,9 +226,8 @@ class _Worker:
 
     def _enter(self, run: Run) -> None:
         """The state of a process that torchrun has just started."""
-        torch.set_rng_state(self._random[0])
-        random.setstate(self._random[1])
-        np.random.set_state(self._random[2])
+        for seed in (torch.seed, random.seed, np.random.seed):
+            seed()  # of no fixed value: ranks that do not set a seed must not agree by chance
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
         torch.set_num_threads(1)

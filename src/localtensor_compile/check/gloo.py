@@ -21,7 +21,7 @@ from typing import Any
 from ._gloo_server import Server, Worker, environ
 from ._gloo_target import GlooError as GlooError
 from ._gloo_target import Target, target_of
-from ._gloo_worker import Run, decode, encode
+from ._gloo_worker import Run, decode, encode, inside
 
 # Once a rank has failed, how long the others may take to fail by themselves, in seconds.
 _GRACE = 0.5
@@ -34,9 +34,10 @@ Progress = Callable[[str], None]
 class GlooPool:
     """Worker processes that run one program after the other, each on any number of ranks.
 
-    Every program finds random state, default dtype, environment and directory as in a process that
-    has just been started, and one thread. What it prints goes to the terminal; what C++ and the
-    warnings module print is kept back, and shown only where a worker dies.
+    Every program finds default dtype, environment and directory as in a process that has just been
+    started, random generators without a fixed seed, and one thread. What it prints goes to the
+    terminal; what C++ and the warnings module print is kept back, and shown only where a worker
+    dies.
 
     Args:
         size: workers to start now. `run` starts what it needs beyond them.
@@ -140,6 +141,11 @@ class GlooPool:
         """Workers 0 to world_size - 1; those that are missing or have died are started."""
         if self._closed:
             raise GlooError("this GlooPool is closed. Make a new one, or use shared_pool().")
+        if inside():
+            raise GlooError(
+                "a program on real gloo processes starts more of them. If its file does so when "
+                'it is imported, put that under `if __name__ == "__main__":`.'
+            )
         if self._server is not None and not self._server.alive:
             self._stop()
         self._workers += [None] * (world_size - len(self._workers))
