@@ -30,6 +30,7 @@ VERSION: tuple[int, int] = tuple(int(v) for v in torch.__version__.split(".")[:2
 MIN_VERSION, MAX_VERSION = (2, 11), (2, 15)
 
 disable_dynamo = torch._disable_dynamo
+is_functorch_wrapped_tensor = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def never_traced(function: Any) -> Any:

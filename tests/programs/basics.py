@@ -61,7 +61,17 @@ def broadcast_a_column(x, y):
 
 @program(x="o 4", y="3 4")
 def broadcast_on_some_ranks(x, y):
-    return x[:1] + y
+    return x * y + x
+
+
+@program(x="o 4", y="3 4")
+def expand_on_some_ranks(x, y):
+    return x.expand_as(y).sin() * y
+
+
+@program(x="o 4", y="2 3 4")
+def broadcast_on_some_ranks_to_more_dimensions(x, y):
+    return torch.where(y > 0, x, y)
 
 
 @program(x="k 4", y="k 4")
@@ -121,7 +131,7 @@ def argmax_and_argsort(x):
     return x.argmax(1), x.argsort(0)
 
 
-@program(x="k 4")
+@program(x="k 4", subclass_formulas=True, rounds=True)
 def prod_and_logsumexp(x):
     return x.prod(1), torch.logsumexp(x, 0)
 

@@ -20,6 +20,7 @@ import torch._dynamo as dynamo
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import localtensor_compile as lt
 from localtensor_compile.values.ranked import pick
@@ -117,6 +118,9 @@ class Program:
         graphs: how many Dynamo graphs there are.
         rounds: AOTAutograd (not LocalTensor) changes the last bits, so that the reference of
             aot_eager is the plain function compiled with aot_eager.
+        subclass_formulas: autograd's C++ computes a derivative in another way, with other rounding,
+            for every tensor subclass and under every dispatch mode (areAnyTensorSubclassLike), so
+            that the reference of eager is plain torch under a dispatch mode that does nothing.
         inductor: False where plain torch.compile with Inductor does not run the program either.
     """
 
@@ -132,6 +136,7 @@ class Program:
     breaks: int = 0
     graphs: int = 1
     rounds: bool = False
+    subclass_formulas: bool = False
     inductor: bool = True
     dynamic: bool | None = None
     mark_dynamic: tuple[str, ...] = ()
@@ -205,6 +210,11 @@ def _cotangent(name: str, index: int, rank: int, like: Tensor) -> Tensor:
     dtype = torch.promote_types(like.dtype, torch.float32)
     with lt.maybe_disable_local_tensor_mode():
         return torch.randn(like.shape, generator=g, dtype=dtype).to(like.dtype)
+
+
+class _Inert(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 def _state_of(target: Any) -> dict[str, Any]:
@@ -291,7 +301,8 @@ def run_plain(p: Program, backend: str | None = None) -> Run:
     per_rank = p.per_rank if p.per_rank is not None else (lambda rank, *args: p.fn(*args))
     targets: dict[int, Any] = {}
     calls = []
-    with dynamo.config.patch(**p.config):
+    formulas = _Inert() if p.subclass_formulas and backend is None else contextlib.nullcontext()
+    with dynamo.config.patch(**p.config), formulas:
         if p.reference is not None:
             together = compiled(p.reference)
         alone = {}

@@ -13,16 +13,10 @@ from typing import Any
 import torch
 from torch import SymBool, SymFloat, SymInt
 
-from ..values.int_node import (
-    LocalBoolNode,
-    LocalFloatNode,
-    LocalIntNode,
-    LocalNode,
-    is_ranked,
-    make_int,
-)
+from ..values.int_node import LocalBoolNode, LocalFloatNode, LocalIntNode, LocalNode, is_ranked
 from ..values.tensor import LocalTensor
-from . import number_outputs
+from . import aot_support, number_outputs, traced_numbers, traced_tensors
+from .traced_numbers import rank_constant as rank_constant
 
 _undo: list[Callable[[], None]] = []
 
@@ -33,9 +27,13 @@ def register() -> None:
         return
     _defer_to_local_nodes()
     _symbols_for_uneven_sizes()
-    _per_rank_constants()
-    for owner, name, value in number_outputs.replacements():
-        _set(owner, name, value)
+    for module in (traced_numbers, number_outputs, traced_tensors, aot_support):
+        for owner, name, value in module.replacements():
+            _set(owner, name, value)
+    for function, answer in traced_numbers.questions():
+        _answer(function, answer)
+    for function in (*traced_numbers.NODES, *traced_tensors.NODES):
+        _cacheable(function)
 
 
 def unregister() -> None:
@@ -44,10 +42,34 @@ def unregister() -> None:
         _undo.pop()()
 
 
-def _set(owner: Any, name: str, value: Any) -> None:
+def _set(owner: Any, name: Any, value: Any) -> None:
+    """owner.name = value, or owner[name] = value of a dict."""
+    if isinstance(owner, dict):
+        before = owner.get(name)
+        owner[name] = value
+        _undo.append(lambda: owner.pop(name) if before is None else owner.__setitem__(name, before))
+        return
     before = owner.__dict__[name]
     setattr(owner, name, value)
     _undo.append(lambda: setattr(owner, name, before))
+
+
+def _answer(function: Any, answer: Callable[..., Any]) -> None:
+    """Where traced code calls `function`, Dynamo calls answer(variable, tx, *variables)."""
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+    torch.compiler.allow_in_graph(function)
+    # A table from functions to handlers that torch builds once.
+    _set(TorchInGraphFunctionVariable._get_handlers(), function, answer)
+
+
+def _cacheable(function: Any) -> None:
+    """AOTAutograd may cache graphs that call `function`: it depends on its arguments only."""
+    import torch._inductor.config as config
+
+    name = f"{function.__module__}.{function.__name__}"
+    config.unsafe_marked_cacheable_functions[name] = "1"
+    _undo.append(lambda: config.unsafe_marked_cacheable_functions.pop(name, None))
 
 
 # ---------------------------------------------------------------- plain symbol `op` per-rank number
@@ -120,69 +142,6 @@ def _symbols_for_uneven_sizes() -> None:
         return context
 
     _set(builder, "_automatic_dynamic", automatic_dynamic)
-
-
-# ---------------------------------------------------------------- per-rank ints in a traced frame
-@torch._dynamo.allow_in_graph
-def rank_constant(ranks: tuple[int, ...], values: tuple[int, ...]) -> Any:
-    """A per-rank int that is constant in a traced frame: one node of the Dynamo graph."""
-    from .._torch import current_fake_mode
-
-    return make_int(dict(zip(ranks, values)), traced=current_fake_mode() is not None)
-
-
-def _emit_constant(tx: Any, value: Any) -> Any:
-    from torch._dynamo.variables.builder import wrap_fx_proxy
-
-    values = value.node._values
-    arguments = (tuple(values), tuple(values.values()))
-    proxy = tx.output.create_proxy("call_function", rank_constant, arguments, {})
-    return wrap_fx_proxy(tx=tx, proxy=proxy)
-
-
-def _is_constant(value: Any) -> bool:
-    return is_ranked(value) and all(type(v) is int for v in value.node._values.values())
-
-
-def _per_rank_constants() -> None:
-    """Per-rank ints that Dynamo meets: returned by a call it ran, closed over, or passed in."""
-    import torch._dynamo.variables.builder as builder
-    from torch._dynamo.guards import GuardBuilder, install_guard
-    from torch._dynamo.source import AttrSource
-
-    handlers = builder.SourcelessBuilder._type_handlers
-    before = handlers.get(SymInt)
-    create = builder.SourcelessBuilder.create
-
-    def sourceless(tx: Any, value: Any) -> Any:
-        if _is_constant(value):
-            return _emit_constant(tx, value)
-        if before is not None:
-            return before(tx, value)
-        # Without a handler for the type, torch goes on to its general rules.
-        handler = handlers.pop(SymInt)
-        try:
-            return create(tx, value)
-        finally:
-            handlers[SymInt] = handler
-
-    handlers[SymInt] = sourceless
-    _undo.append(
-        lambda: handlers.pop(SymInt) if before is None else handlers.__setitem__(SymInt, before)
-    )
-
-    original = builder.VariableBuilder._wrap
-
-    @functools.wraps(original)
-    def wrap(self: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_constant(value):
-            # By value, not identity: mesh.get_local_rank() makes a new SymInt each time.
-            key = AttrSource(AttrSource(self.source, "node"), "_guard_key")
-            install_guard(key.make_guard(GuardBuilder.EQUALS_MATCH))
-            return _emit_constant(self.tx, value)
-        return original(self, value, *args, **kwargs)
-
-    _set(builder.VariableBuilder, "_wrap", wrap)
 
 
 register()

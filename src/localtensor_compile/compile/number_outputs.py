@@ -8,24 +8,13 @@ graph, and any other becomes one output per rank; both are put together again af
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import SymBool, SymFloat, SymInt, fx
+from torch import fx
 
-from ..values.int_node import is_ranked, make_bool, make_float, make_int, value_on_rank
-
-_MAKERS: dict[type, Callable[[dict[int, Any]], Any]] = {
-    SymInt: make_int,
-    SymFloat: make_float,
-    SymBool: make_bool,
-}
-
-
-def rank_value(number: Any, rank: int) -> Any:
-    """What `rank` has of a per-rank number: a node of the Dynamo graph."""
-    return value_on_rank(number, rank)
+from ..values.int_node import is_ranked, make_float
+from .traced_numbers import MAKERS, rank_value
 
 
 class FloatOutput:
@@ -77,7 +66,7 @@ def without_rank_numbers(gm: fx.GraphModule) -> list[_Output] | None:
                 plan.append(_Output(start=len(new)))
                 new.append(node)
                 continue
-            values, make = number.node._values, _MAKERS[type(number)]
+            values, make = number.node._values, MAKERS[type(number)]
             if all(type(v) in (int, float, bool) for v in values.values()):
                 plan.append(_Output(make=make, constant=make(values)))
                 continue

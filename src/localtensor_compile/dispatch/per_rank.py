@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from .._torch import AsyncCollectiveTensor
 from ..errors import PlainTensorError, ShardError
-from ..values.int_node import LocalNode
+from ..values.broadcast import dims_to_sum
+from ..values.int_node import LocalFloatNode, LocalNode, is_ranked
 from ..values.op_table import Handler, add_rule, implements
 from ..values.ranked import combine, per_rank_values
-from ..values.tensor import LocalTensor, _wrap_fresh
+from ..values.tensor import LocalTensor, _wrap, _wrap_fresh
 
 aten = torch.ops.aten
 _SYM_TYPES = (SymInt, SymFloat, SymBool)
@@ -274,6 +275,23 @@ def _dim(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _item(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Integers may stay a number per rank; a float or bool must be one Python value."""
     result = combine({r: func(t) for r, t in args[0]._local_tensors.items()}, "item()")
-    if isinstance(result, SymFloat) and isinstance(result.node, LocalNode):
+    if isinstance(result, SymFloat) and isinstance(result.node, LocalFloatNode):
         return result.node.guard_float("", 0)
     return result
+
+
+# ---- the gradient of a broadcast
+_sum_plan = OpPlan(aten.sum.dim_IntList)
+
+
+@implements(aten.sum.dim_IntList)
+def _sum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Over other dimensions on each rank, where autograd sums what was broadcast on some ranks."""
+    if len(args) != 3 or kwargs or not args[2]:
+        return run_per_rank(_sum_plan, args, kwargs)
+    sizes = [s.node._values if is_ranked(s) else s for s in args[0]._size]
+    dims = dims_to_sum(sizes, args[1] or ())
+    if dims is None:
+        return run_per_rank(_sum_plan, args, kwargs)
+    shards = args[0]._local_tensors
+    return _wrap({r: func(t, dims[r], True) if dims[r] else t.clone() for r, t in shards.items()})

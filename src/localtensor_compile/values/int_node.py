@@ -22,8 +22,10 @@ from torch import SymBool, SymFloat, SymInt
 
 from .._torch import proxy_mode
 from ..errors import RankDivergence, ShardError, per_rank_text
+from . import broadcast
 
 _SYM_TYPES = (SymInt, SymBool, SymFloat)
+Text = str  # LocalNode has a method called str
 
 
 def is_ranked(value: object) -> bool:
@@ -94,7 +96,7 @@ def make_float(values: Mapping[int, Any], traced: bool = False) -> Any:
     return SymFloat(LocalFloatNode(values, traced))
 
 
-class _RankSymbol(sympy.Symbol):  # type: ignore[misc]
+class _RankSymbol(sympy.Symbol):
     """The `expr` of a LocalIntNode.
 
     A Symbol, so that guards take the dimension as its own definition, and not a number, so that
@@ -136,8 +138,10 @@ class LocalNode:
     shape_env: Any = None
     fx_node: Any = None
     _hint: Any = None
+    any_made = False  # whether this process ever made a per-rank number
 
     def __init__(self, values: Mapping[int, Any], traced: bool = False) -> None:
+        LocalNode.any_made = True
         self._values: dict[int, Any] = dict(sorted(values.items()))
         # Nodes of real tensors must say is_symbolic() == False, those of fake tensors True
         # (symbolic_shapes.py asks both).
@@ -212,25 +216,24 @@ class LocalNode:
     def _expr(self) -> Any:
         return self.expr
 
-    def _str(self) -> str:
+    def _str(self) -> Text:
         return "{" + ", ".join(f"{r}: {v}" for r, v in self._values.items()) + "}"
 
-    def str(self) -> str:
+    str = _str
+
+    def __str__(self) -> Text:
         return self._str()
 
-    def __str__(self) -> str:
-        return self._str()
-
-    def __repr__(self) -> str:
+    def __repr__(self) -> Text:
         return f"{type(self).__name__}({self._str()})"
 
-    def _graph_repr(self) -> str:
+    def _graph_repr(self) -> Text:
         return self._str()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[Text, Any]:
         return {"values": {r: _plain(v, self) for r, v in self._values.items()}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[Text, Any]) -> None:
         self.__init__(state["values"])  # type: ignore[misc]
 
     def _value_eq(self, other: Any) -> bool:
@@ -273,7 +276,9 @@ class LocalNode:
             return None
         from torch.fx.experimental.proxy_tensor import handle_sym_dispatch
 
-        operands = [_as_sym(n) if not isinstance(n, (int, float)) else n for n in (self, *others)]
+        operands: list[Any] = [
+            _as_sym(n) if not isinstance(n, (int, float)) else n for n in (self, *others)
+        ]
         known = mode.tracer.symnode_tracker
         ranked = [o for o in operands if is_ranked(o)]
         if any(known.get(o) is None for o in ranked if not o.node.is_constant()):
@@ -281,7 +286,9 @@ class LocalNode:
         result = handle_sym_dispatch(op, tuple(operands), {})
         if isinstance(result, bool):
             return self.wrap_bool(result)
-        return self.wrap_int(result) if isinstance(result, int) else result.node
+        if isinstance(result, int):
+            return self.wrap_int(result)
+        return result.node
 
 
 def _plain(value: Any, node: LocalNode) -> Any:
@@ -461,6 +468,7 @@ class LocalIntNode(LocalNode):
             return self.wrap_bool(True)
         result: LocalBoolNode = self._map(LocalBoolNode, operator.eq, other)
         result.when_mixed = False
+        result.compared = (self, other)
         return result
 
     def ne(self, other: Any) -> LocalBoolNode:
@@ -587,6 +595,7 @@ class LocalBoolNode(LocalNode):
     pytype = bool
     shape_env = _RankShapeEnv()
     when_mixed: bool | None = None
+    compared: tuple[Any, Any] | None = None  # the operands of == between ints
 
     def is_bool(self) -> bool:
         return True
@@ -638,7 +647,12 @@ class LocalBoolNode(LocalNode):
         return all(self._flags().values())
 
     def guard_or_false(self, file: str, line: int) -> bool:
-        return all(self._flags().values())
+        flags = self._flags()
+        if self.compared is None:
+            return all(flags.values())
+        left, right = self.compared
+        values = {r: value_on_rank(right, r) for r in flags}
+        return broadcast.answer_equal(file, left._values, values, flags)
 
     def guard_or_true(self, file: str, line: int) -> bool:
         return any(self._flags().values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from .._torch import AsyncCollectiveTensor
 from ..errors import RankDivergence, per_rank_text
-from .int_node import is_ranked, make_bool, make_float, make_int
+from .int_node import is_ranked, make_bool, make_float, make_int, value_on_rank
 from .tensor import LocalTensor, _checked_shards, _wrap
 
 
@@ -75,7 +75,7 @@ def combine(results: Mapping[int, Any], what: str = "a call that ran once per ra
     """
     first = next(iter(results.values()))
     if isinstance(first, Tensor):
-        _require_same_type(results, Tensor, what)
+        require_one_structure(results, what)
         return _wrap(_checked_shards(results))
     if first is None:
         _require_same_type(results, type(None), what)
@@ -92,28 +92,51 @@ def combine(results: Mapping[int, Any], what: str = "a call that ran once per ra
         _require_same_type(results, (float, SymFloat), what)
         return make_float(results)
     if isinstance(first, (list, tuple)):
-        _require_same_type(results, type(first), what)
-        lengths = {r: len(v) for r, v in results.items()}
-        if len(set(lengths.values())) > 1:
-            raise RankDivergence(
-                f"{what} returned sequences of different lengths: {per_rank_text(lengths)}. One "
-                "program cannot hold a list of several lengths: do the part that needs them inside "
-                "rank_map, tensor_map or @maybe_run_for_local_tensor."
-            )
+        require_one_structure(results, what)
         items = [combine({r: v[i] for r, v in results.items()}, what) for i in range(len(first))]
         if hasattr(first, "_fields"):
             return type(first)(*items)
         return torch.Size(items) if isinstance(first, torch.Size) else type(first)(items)
     if isinstance(first, dict):
-        _require_same_type(results, dict, what)
+        require_one_structure(results, what)
+        return {k: combine({r: v[k] for r, v in results.items()}, what) for k in first}
+    return _one_value(results, what)
+
+
+def numbers_on_ranks(value: Any, ranks: Sequence[int]) -> tuple[Any, ...] | None:
+    """What each rank has of a per-rank number, or None for any other value."""
+    if not is_ranked(value):
+        return None
+    return tuple(value_on_rank(value, r) for r in ranks)
+
+
+def combined_values(ranks: Sequence[int], what: str, *values: Any) -> Any:
+    """`combine` of numbers, strings and other plain values, one per rank."""
+    return combine(dict(zip(ranks, values)), what)
+
+
+_STRUCTURES = (Tensor, list, tuple, dict)
+
+
+def require_one_structure(results: Mapping[int, Any], what: str) -> None:
+    """Raise RankDivergence unless tensors, sequences or dicts are alike on every rank."""
+    first = next(iter(results.values()))
+    _require_same_type(results, next(k for k in _STRUCTURES if isinstance(first, k)), what)
+    if isinstance(first, (list, tuple)):
+        lengths = {r: len(v) for r, v in results.items()}
+        if any(n != len(first) for n in lengths.values()):
+            raise RankDivergence(
+                f"{what} returned sequences of different lengths: {per_rank_text(lengths)}. One "
+                "program cannot hold a list of several lengths: do the part that needs them inside "
+                "rank_map, tensor_map or @maybe_run_for_local_tensor."
+            )
+    if isinstance(first, dict):
         keys = {r: tuple(v) for r, v in results.items()}
-        if len(set(keys.values())) > 1:
+        if any(k != tuple(first) for k in keys.values()):
             raise RankDivergence(
                 f"{what} returned dicts with different keys: {per_rank_text(keys)}. Return the "
                 "same keys on every rank."
             )
-        return {k: combine({r: v[k] for r, v in results.items()}, what) for k in first}
-    return _one_value(results, what)
 
 
 def _require_same_type(results: Mapping[int, Any], expected: Any, what: str) -> None:

@@ -23,8 +23,10 @@ from .._torch import (
     disable_dynamo,
     mark_constructor_exportable,
     never_traced,
+    tracing_active,
 )
-from ..errors import RankDivergence, ShardError, UnsupportedError, per_rank_text
+from ..errors import ShardError, UnsupportedError, per_rank_text
+from .equal import reconcile_when_run, require_equal, same_values
 from .int_node import LocalIntNode, LocalNode, make_int
 from .op_table import _chosen, handler_of
 
@@ -160,37 +162,21 @@ class LocalTensor(Tensor):
     def reconcile(self) -> Tensor:
         """One ordinary tensor: a detached copy of the shard that all ranks have in common.
 
+        In compiled code the shards are compared each time it runs, and the copy never requires
+        grad.
+
         Raises:
             RankDivergence: the shards differ.
         """
-        self._require_equal("reconcile()")
+        if tracing_active():
+            return reconcile_when_run(self._local_tensors)
+        require_equal(self._local_tensors, "reconcile()")
         result = next(iter(self._local_tensors.values())).detach().clone()
         return result.requires_grad_(self.requires_grad)
 
-    def _require_equal(self, caller: str) -> None:
-        """Raise RankDivergence unless all shards are equal (NaN equals NaN)."""
-        shards = iter(self._local_tensors.items())
-        first_rank, first = next(shards)
-        for rank, shard in shards:
-            if _same_values(first, shard):
-                continue
-            if first.shape != shard.shape:
-                found = f"shape {tuple(first.shape)} on rank {first_rank} and "
-                found += f"{tuple(shard.shape)} on rank {rank}"
-            elif first.numel() <= 4:
-                values = {r: t.tolist() for r, t in self._local_tensors.items()}
-                found = per_rank_text(values)
-            else:
-                found = f"rank {rank} differs from rank {first_rank}"
-            raise RankDivergence(
-                f"{caller} needs the same value on every rank, but the shards differ: {found}. "
-                "Look at one rank's shard with tensor_map, or make the ranks agree first, e.g. "
-                "with an all_gather or all_reduce."
-            )
-
     def numpy(self, *, force: bool = False) -> Any:
         """The numpy array of the shard that all ranks share. Raises RankDivergence as reconcile."""
-        self._require_equal("numpy()")
+        require_equal(self._local_tensors, "numpy()")
         return self.reconcile().numpy(force=force)
 
     def tolist(self) -> Any:
@@ -201,14 +187,14 @@ class LocalTensor(Tensor):
         """
         shards = self._local_tensors
         first = next(iter(shards.values()))
-        if all(_same_values(first, t) for t in shards.values()):
+        if all(same_values(first, t) for t in shards.values()):
             return first.tolist()
         integral = not (
             first.is_floating_point() or first.is_complex() or first.dtype == torch.bool
         )
         if integral and all(t.shape == first.shape for t in shards.values()):
             return _zip_lists({r: t.tolist() for r, t in shards.items()})
-        self._require_equal("tolist()")
+        require_equal(shards, "tolist()")
         raise AssertionError("unreachable")  # the shards differ, so the line above raises
 
     def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
@@ -459,18 +445,6 @@ _MUST_AGREE: tuple[tuple[str, Any], ...] = (
     ("conjugate bit", lambda t: t.is_conj()),
     ("negative bit", lambda t: t.is_neg()),
 )
-
-
-def _same_values(a: Tensor, b: Tensor) -> bool:
-    if a is b:
-        return True
-    if a.shape != b.shape:
-        return False
-    if torch.equal(a, b):
-        return True
-    if not (a.is_floating_point() or a.is_complex()):
-        return False
-    return bool(torch.all((a == b) | (torch.isnan(a) & torch.isnan(b))))
 
 
 def _zip_lists(lists: dict[int, Any]) -> Any:

@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._torch import AsyncCollectiveTensor
 from ..errors import RankDivergence, ShardError
-from ..values.ranked import combine, pick
+from ..values.ranked import (
+    combine,
+    combined_values,
+    numbers_on_ranks,
+    pick,
+    require_one_structure,
+)
 from ..values.tensor import LocalTensor, _checked_shards, _wrap
 from .state import enabled_local_tensor_mode
 
@@ -136,9 +143,46 @@ def maybe_run_for_local_tensor(func: Callable[_P, _R]) -> Callable[_P, _R]:
         mode = enabled_local_tensor_mode()
         if mode is None:
             return func(*args, **kwargs)
-        return for_each_rank(func, mode.ranks, args, kwargs, alias=False)
+        return _run_on_ranks(mode, func, args, kwargs)
 
     return wrapper
+
+
+def _run_on_ranks(mode: Any, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """`for_each_rank`, differentiable, in Python that Dynamo can trace."""
+    ranks = mode._sorted_ranks
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    columns = [_on_ranks(leaf, ranks) for leaf in flat]
+    results = []
+    for i, r in enumerate(ranks):
+        rank_args, rank_kwargs = pytree.tree_unflatten([c[i] for c in columns], spec)
+        results.append(mode._on_rank(r, func, *rank_args, **rank_kwargs))
+    return _combined(ranks, results, f"{func.__name__}()")
+
+
+def _on_ranks(value: Any, ranks: tuple[int, ...]) -> Sequence[Any]:
+    """What each rank sees of a leaf value."""
+    if isinstance(value, AsyncCollectiveTensor):
+        value = value.wait()
+    if isinstance(value, LocalTensor):
+        shards = split_shards(value, ranks)
+        return [shards[r] for r in ranks]
+    numbers = numbers_on_ranks(value, ranks)
+    return [value] * len(ranks) if numbers is None else numbers
+
+
+def _combined(ranks: tuple[int, ...], results: Sequence[Any], what: str) -> Any:
+    """The results of all ranks as one: `combine`, but tensors stay part of the autograd graph."""
+    first = results[0]
+    if not isinstance(first, (Tensor, list, tuple, dict)):
+        return combined_values(ranks, what, *results)
+    require_one_structure(dict(zip(ranks, results)), what)
+    if isinstance(first, Tensor):
+        return join_shards(ranks, results)
+    if isinstance(first, dict):
+        return {k: _combined(ranks, [v[k] for v in results], what) for k in first}
+    items = [_combined(ranks, [v[i] for v in results], what) for i in range(len(first))]
+    return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
 
 
 def reconcile_args(args: Any, kwargs: dict[str, Any] | None = None) -> Any:

@@ -1,0 +1,115 @@
+"""LocalTensors as Python objects in a frame that Dynamo traces: shards, ranks, construction.
+
+Dynamo knows tensors, not what a subclass keeps beside them. The names that people read
+(`_local_tensors`, `_local_tensor_{rank}`, `_ranks`), `reconcile()` and the constructor become
+nodes of its graph, which AOTAutograd sees through.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..values.tensor import _PREFIX, LocalTensor
+
+
+# ---------------------------------------------------------------- nodes of the Dynamo graph
+@torch._dynamo.allow_in_graph
+def shard(tensor: LocalTensor, rank: int) -> Tensor:
+    """The shard of one rank, which autograd does not know, as the attribute gives it."""
+    return tensor._local_tensors[rank]
+
+
+@torch._dynamo.allow_in_graph
+def reconciled(tensor: LocalTensor) -> Tensor:
+    """`tensor.reconcile()`: compared when the compiled code runs."""
+    return tensor.reconcile()
+
+
+@torch._dynamo.allow_in_graph
+def local_tensor(ranks: tuple[int, ...], *shards: Tensor) -> LocalTensor:
+    """`LocalTensor({rank: shard})`."""
+    return LocalTensor(dict(zip(ranks, shards)))
+
+
+NODES = (shard, reconciled, local_tensor)
+
+
+# ---------------------------------------------------------------- traced in place of the methods
+def _by_rank(ranks: tuple[int, ...], *shards: Tensor) -> Mapping[int, Tensor]:
+    # Not to be written: nobody would see it.
+    return MappingProxyType(dict(zip(ranks, shards)))
+
+
+def _construct(local_tensors: Mapping[int, Tensor], requires_grad: bool = False) -> LocalTensor:
+    result = local_tensor(tuple(local_tensors.keys()), *local_tensors.values())
+    return result.requires_grad_() if requires_grad else result
+
+
+def _build(tx: Any, value: Any) -> Any:
+    from torch._dynamo.variables.base import VariableTracker
+
+    return VariableTracker.build(tx, value)
+
+
+def _node(tx: Any, function: Any, *args: Any) -> Any:
+    from torch._dynamo.variables.builder import wrap_fx_proxy
+
+    return wrap_fx_proxy(tx, tx.output.create_proxy("call_function", function, args, {}))
+
+
+def _attribute(tx: Any, variable: Any, tensor: LocalTensor, name: str) -> Any:
+    """The Dynamo variable of an attribute of ours, or None."""
+    ranks = tuple(tensor._local_tensors)
+    if name == "_ranks":
+        return _build(tx, tensor._ranks)
+    if name == "_local_tensors":
+        shards = [_node(tx, shard, variable.as_proxy(), r) for r in ranks]
+        return _build(tx, _by_rank).call_function(tx, [_build(tx, ranks), *shards], {})
+    rank = name[len(_PREFIX) :]
+    if name.startswith(_PREFIX) and rank.isdecimal() and int(rank) in ranks:
+        return _node(tx, shard, variable.as_proxy(), int(rank))
+    return None
+
+
+def replacements() -> list[tuple[Any, Any, Any]]:
+    """(owner, name, replacement) in torch's Dynamo."""
+    from torch._dynamo.variables.tensor import TensorSubclassVariable, TensorVariable
+
+    var_getattr = TensorVariable.var_getattr
+    call_method = TensorVariable.call_method
+    construct = TensorSubclassVariable.call_function
+
+    def example(variable: Any) -> Any:
+        return variable.as_proxy().node.meta.get("example_value")
+
+    @functools.wraps(var_getattr)
+    def attribute(self: Any, tx: Any, name: str) -> Any:
+        if self.class_type is LocalTensor and name.startswith("_"):
+            found = _attribute(tx, self, example(self), name)
+            if found is not None:
+                return found
+        return var_getattr(self, tx, name)
+
+    @functools.wraps(call_method)
+    def method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        if self.class_type is LocalTensor and name == "reconcile" and not args and not kwargs:
+            return _node(tx, reconciled, self.as_proxy())
+        return call_method(self, tx, name, args, kwargs)
+
+    @functools.wraps(construct)
+    def constructor(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if self.value is LocalTensor:
+            return _build(tx, _construct).call_function(tx, args, kwargs)
+        return construct(self, tx, args, kwargs)
+
+    return [
+        (TensorVariable, "var_getattr", attribute),
+        (TensorVariable, "call_method", method),
+        (TensorSubclassVariable, "call_function", constructor),
+    ]
