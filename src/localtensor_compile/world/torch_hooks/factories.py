@@ -150,12 +150,8 @@ def outside_transforms() -> AbstractContextManager[Any]:
     return temporarily_clear_interpreter_stack()
 
 
-def _call(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(*args, **kwargs)
-
-
-# Calls a Python-level torch function past its own check for function modes (since torch 2.13).
-redispatch: Callable[..., Any] = getattr(torch.overrides, "redispatch_function", _call)
+# Calls a Python-level torch function past its own check for function modes; since torch 2.13.
+redispatch: Callable[..., Any] | None = getattr(torch.overrides, "redispatch_function", None)
 default_device = _answered(_default_device, _traced_default_device)
 
 
@@ -170,7 +166,7 @@ def replacements() -> Iterator[tuple[Any, str, Any]]:
     import torch._dynamo.variables.torch as dynamo_torch
     import torch._inductor.config
 
-    from .. import factories
+    from .. import factories, per_rank_code
     from ..loading import load_per_rank
 
     yield torch, "load", load_per_rank(torch.load)
@@ -184,7 +180,12 @@ def replacements() -> Iterator[tuple[Any, str, Any]]:
     yield dynamo_torch, "get_overridable_functions", get_overridable_functions
     # AOTAutograd may cache graphs with our nodes: they depend on nothing but their arguments.
     cacheable = torch._inductor.config.unsafe_marked_cacheable_functions
-    for node in (factories.on_ranks, factories.as_written):
+    for node in (
+        factories.on_ranks,
+        factories.as_written,
+        per_rank_code._split,
+        per_rank_code._join,
+    ):
         yield cacheable, f"{node.__module__}.{node.__name__}", _sources_fingerprint()
     yield from _higher_order_operators()
 
@@ -193,9 +194,10 @@ def replacements() -> Iterator[tuple[Any, str, Any]]:
 def _sources_fingerprint() -> str:
     """Changes when the code that such a node runs changes."""
     from ...dispatch import random_factories
-    from .. import factories, rank_numbers
+    from .. import factories, per_rank_code, rank_numbers
 
-    sources = "".join(inspect.getsource(m) for m in (factories, rank_numbers, random_factories))
+    modules = (factories, per_rank_code, rank_numbers, random_factories)
+    sources = "".join(inspect.getsource(m) for m in modules)
     return hashlib.sha256(sources.encode()).hexdigest()
 
 
