@@ -32,7 +32,7 @@ bench: $(STAMP)  ## timings as ratios, side by side in one run
 	$(BIN)/python -m tests.benchmarks.run
 
 gpu:  ## the core checks on CUDA, with the machine's own python3 and torch; skips cleanly without a GPU
-	PYTHONPATH=src $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu tests
+	PYTHONPATH=src $(PYTHON) -m pytest -q -p no:cacheprovider -o filterwarnings=default -m gpu tests/gpu
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
