@@ -209,8 +209,7 @@ def on_ranks(
     """
     func = _function(name)
     with torch._C.DisableTorchFunction():
-        build = BUILDERS.get(func)
-        if build is None:
+        if func not in BUILDERS:
             if func in FUNCTIONAL:
                 return plain_collective(func, args)
             if func in PLAIN_DRAWS and not holds_rank_number((*args, *kwargs.values())):
