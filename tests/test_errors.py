@@ -336,7 +336,9 @@ def test_data_of_a_plain_tensor():
     with LocalTensorMode(2) as mode:
         with mode.disable():
             plain = torch.ones(4)
-        with pytest.raises(PlainTensorError, match=r"tensor\.data = \.\.\. would put the values of se"):
+        with pytest.raises(
+            PlainTensorError, match=r"tensor\.data = \.\.\. would put the values of se"
+        ):
             plain.data = torch.zeros(4)
 
 

@@ -16,14 +16,14 @@ from torch.distributed._functional_collectives import (
     AsyncCollectiveTensor as AsyncCollectiveTensor,
 )
 
-try:  # keeps a wrapper's constructor callable in exported programs; absent in some versions
-    from torch._export.wrappers import (
-        mark_subclass_constructor_exportable_experimental as mark_constructor_exportable,
-    )
-except ImportError:  # pragma: no cover - depends on the torch version
 
-    def mark_constructor_exportable(constructor: Any) -> Any:
+def mark_constructor_exportable(constructor: Any) -> Any:
+    """Keep a wrapper's constructor callable in exported programs, where torch can do that."""
+    try:
+        from torch._export.wrappers import mark_subclass_constructor_exportable_experimental as mark
+    except ImportError:  # pragma: no cover - depends on the torch version
         return constructor
+    return mark(constructor)
 
 
 VERSION: tuple[int, int] = tuple(int(v) for v in torch.__version__.split(".")[:2])  # type: ignore[assignment]
@@ -142,12 +142,12 @@ def mesh_rank_grids(mesh: Any) -> tuple[tuple[int, ...], tuple[tuple[int, ...], 
 
 def finished_work(result: Any) -> Any:
     """A c10d Work that has already completed with `result`."""
-    from torch._C._distributed_c10d import _create_work_from_future
+    import torch._C._distributed_c10d as bindings
     from torch.futures import Future
 
     future: Any = Future()
     future.set_result(result)
-    return _create_work_from_future(future)
+    return bindings._create_work_from_future(future)  # type: ignore[attr-defined]
 
 
 def group_ranks() -> dict[Any, dict[int, int]]:

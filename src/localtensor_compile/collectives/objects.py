@@ -7,6 +7,7 @@ received object is what each rank would see of the sender's, combined again.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,7 @@ def all_gather_object(
             "ranks. Give it one entry per rank of the group."
         )
     for k in range(groups.size):
-        object_list[k] = _received(obj, groups, ranks, lambda g, k=k: g[k])
+        object_list[k] = _received(obj, groups, ranks, operator.itemgetter(k))
 
 
 def gather_object(
@@ -95,7 +96,8 @@ def broadcast_object_list(
 ) -> None:
     groups = _groups(group, ranks)
     root = _root(src, group_src, groups)
-    object_list[:] = [_received(o, groups, ranks, lambda g: g[root]) for o in object_list]
+    root_of = operator.itemgetter(root)
+    object_list[:] = [_received(o, groups, ranks, root_of) for o in object_list]
 
 
 def scatter_object_list(

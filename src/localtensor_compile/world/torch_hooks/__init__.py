@@ -147,24 +147,13 @@ def init_simulated_process_group(world_size: int) -> None:
 
 def function_mode(mode: Any) -> Any:
     """The torch function mode that turns factories into per-rank factories."""
-    try:
-        from ..factories import FactoryMode
-    except ImportError:
-        from torch.overrides import BaseTorchFunctionMode
+    from ..factories import FactoryMode
 
-        return BaseTorchFunctionMode()
     return FactoryMode(mode)
 
 
 def rank_generators(mode: Any) -> Any:
     """The random number generators of the mode's ranks."""
-    try:
-        from ..rng import ModeGenerators
-    except ImportError:
+    from ..rng import ModeGenerators
 
-        class N(contextlib.nullcontext):
-            def on_rank(self, r):
-                return contextlib.nullcontext()
-
-        return N()
     return ModeGenerators(mode)

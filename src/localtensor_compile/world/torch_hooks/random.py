@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from .. import rng
+
 
 def replacements() -> Iterator[tuple[Any, str, Any]]:
-    try:
-        from .. import rng
-    except ImportError:
-        return
     yield from rng.replacements()
