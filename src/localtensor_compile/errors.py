@@ -7,7 +7,7 @@ too, so that code and tests which catch the builtin keep working.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 
 class LocalTensorError(RuntimeError):
@@ -38,11 +38,16 @@ class UnsupportedError(LocalTensorError, NotImplementedError):
     """Something that localtensor_compile does not simulate."""
 
 
+def fail(error: type[LocalTensorError], text: str) -> NoReturn:
+    """Raise `error(text)`, also in code that Dynamo traces: it would turn `raise` into a break."""
+    raise error(text)
+
+
 def per_rank_text(values: Mapping[int, Any], limit: int = 8) -> str:
     """`rank 0: a, ranks 1-3: b`: equal values of neighbouring ranks are folded."""
     runs: list[tuple[int, int, str]] = []
     for rank in sorted(values):
-        text = str(values[rank])
+        text = str(_example(values[rank]))
         if runs and runs[-1][2] == text and runs[-1][1] == rank - 1:
             runs[-1] = (runs[-1][0], rank, text)
         else:
@@ -53,3 +58,11 @@ def per_rank_text(values: Mapping[int, Any], limit: int = 8) -> str:
     if len(parts) > limit:
         parts = [*parts[:limit], f"... and {len(parts) - limit} more"]
     return ", ".join(parts)
+
+
+def _example(value: Any) -> Any:
+    """`value` with the symbols of a traced dynamic shape replaced by the numbers at hand."""
+    if type(value) is tuple:
+        return tuple(_example(v) for v in value)
+    hint = getattr(getattr(value, "node", None), "hint", None)
+    return value if hint is None else hint

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import SymBool, SymFloat, SymInt
 
+from ..errors import fail
 from ..values.int_node import is_ranked, make_bool, make_float, make_int, value_on_rank
 from ..values.ranked import combined_values, numbers_on_ranks
 
@@ -105,11 +106,17 @@ def _traced_combined_values(_: Any, tx: Any, ranks: Any, what: Any, *values: Any
     return _constant(tx, result) if is_ranked(result) else VariableTracker.build(tx, result)
 
 
+def _traced_fail(_: Any, tx: Any, error: Any, text: Any) -> Any:
+    """fail: ends the compilation with the error itself."""
+    fail(error.as_python_constant(), text.as_python_constant())
+
+
 def questions() -> list[tuple[Any, Any]]:
     """(function, what Dynamo does where traced code calls it)."""
     return [
         (numbers_on_ranks, _traced_numbers_on_ranks),
         (combined_values, _traced_combined_values),
+        (fail, _traced_fail),
     ]
 
 

@@ -10,7 +10,7 @@ from torch import SymBool, SymFloat, SymInt, Tensor
 from torch.utils import _pytree as pytree
 
 from .._torch import AsyncCollectiveTensor
-from ..errors import RankDivergence, per_rank_text
+from ..errors import RankDivergence, fail, per_rank_text
 from .int_node import is_ranked, make_bool, make_float, make_int, value_on_rank
 from .tensor import LocalTensor, _checked_shards, _wrap
 
@@ -125,26 +125,29 @@ def require_one_structure(results: Mapping[int, Any], what: str) -> None:
     if isinstance(first, (list, tuple)):
         lengths = {r: len(v) for r, v in results.items()}
         if any(n != len(first) for n in lengths.values()):
-            raise RankDivergence(
+            fail(
+                RankDivergence,
                 f"{what} returned sequences of different lengths: {per_rank_text(lengths)}. One "
                 "program cannot hold a list of several lengths: do the part that needs them inside "
-                "rank_map, tensor_map or @maybe_run_for_local_tensor."
+                "rank_map, tensor_map or @maybe_run_for_local_tensor.",
             )
     if isinstance(first, dict):
         keys = {r: tuple(v) for r, v in results.items()}
         if any(k != tuple(first) for k in keys.values()):
-            raise RankDivergence(
+            fail(
+                RankDivergence,
                 f"{what} returned dicts with different keys: {per_rank_text(keys)}. Return the "
-                "same keys on every rank."
+                "same keys on every rank.",
             )
 
 
 def _require_same_type(results: Mapping[int, Any], expected: Any, what: str) -> None:
     if not all(isinstance(v, expected) for v in results.values()):
         names = {r: type(v).__name__ for r, v in results.items()}
-        raise RankDivergence(
+        fail(
+            RankDivergence,
             f"{what} returned values of different types: {per_rank_text(names)}. Return the same "
-            "type on every rank."
+            "type on every rank.",
         )
 
 

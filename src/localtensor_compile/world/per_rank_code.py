@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._torch import AsyncCollectiveTensor
-from ..errors import RankDivergence, ShardError
+from ..errors import RankDivergence, ShardError, fail
 from ..values.ranked import (
     combine,
     combined_values,
@@ -90,14 +90,16 @@ def join_shards(ranks: tuple[int, ...], shards: Sequence[Tensor]) -> LocalTensor
         ShardError: no ranks, or results that are no tensors or do not fit together.
     """
     if not ranks:
-        raise ShardError(
-            "the callback returned a tensor on no rank. Return the shard of at least one rank."
+        fail(
+            ShardError,
+            "the callback returned a tensor on no rank. Return the shard of at least one rank.",
         )
     for r, t in zip(ranks, shards):
         if not isinstance(t, Tensor):
-            raise ShardError(
+            fail(
+                ShardError,
                 f"the callback returned {type(t).__name__} on rank {r}, but the shard of a rank is "
-                "a tensor. Wrap numbers with torch.tensor(...)."
+                "a tensor. Wrap numbers with torch.tensor(...).",
             )
     return _join(ranks, *shards)
 
