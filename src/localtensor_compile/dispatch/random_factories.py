@@ -200,7 +200,8 @@ def plain_draw(func: Any, ranks: Collection[int], args: Args, kwargs: Kwargs) ->
     if not draws_for_plain(func, args, kwargs):
         return func(*args, **kwargs)
     what = getattr(func, "__name__", str(func))
-    if any(type(unbatched(t)) is LocalTensor for t in pytree.tree_leaves((args, kwargs))):
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if any(isinstance(unbatched(t), LocalTensor) for t in tensors):
         raise UnsupportedError(
             f"{what} inside torch.vmap(randomness={vmap_randomness()!r}) cannot draw per rank: "
             "torch itself draws there, once for all ranks. Multiply by torch.bernoulli of a mapped "
@@ -217,7 +218,6 @@ def plain_draw(func: Any, ranks: Collection[int], args: Args, kwargs: Kwargs) ->
     if world is None or (generator is not None and not is_default(generator)):
         return func(*args, **kwargs)
     kwargs = {k: v for k, v in kwargs.items() if k != "generator"}
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     device = kwargs.get("device") or (tensors[0].device if tensors else CPU)
     with world.as_one(what, torch.device(device)):
         return func(*args, **kwargs)

@@ -242,15 +242,21 @@ def _call_number() -> int:
 
 
 # ---- forward and backward
-class _Saved(dict[str, Any]):
-    """FX node meta whose recompute tag stays MUST_SAVE.
+class _PinnedMeta(dict[str, Any]):
+    """FX node meta in which some tags cannot be changed any more.
 
-    Checkpointing tags nodes after the op that made them has returned, and backward would draw
-    again what forward drew.
+    AOTAutograd and checkpointing tag nodes after the op that made them has returned; as they tag
+    them, backward would draw again what forward drew.
     """
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(key, CheckpointPolicy.MUST_SAVE if key == "recompute" else value)
+    pins: dict[str, Any] = {"recompute": CheckpointPolicy.MUST_SAVE}
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, self.pins.get(key, value))
+
+
+class _DrawMeta(_PinnedMeta):
+    pins = {**_PinnedMeta.pins, "partitioner_tag": "must_be_in_forward"}
 
 
 @contextlib.contextmanager
@@ -272,11 +278,12 @@ def _kept_in_place(op: Any) -> Iterator[None]:
                 node.update_arg(_AFTER, tangent)
         return
     for node in made:
-        # One that depends on no input would be repeated in backward.
-        node.meta["partitioner_tag"] = "must_be_in_forward"
-        if "ac_graph_id" in node.meta or "recompute" in node.meta:
-            node.meta = _Saved(node.meta)
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        meta = _DrawMeta(node.meta) if node.target is op else _PinnedMeta(node.meta)
+        for key in ("partitioner_tag", "recompute"):
+            meta[key] = meta.get(key)
+        if "ac_graph_id" not in meta and "recompute" not in node.meta:
+            del meta["recompute"]
+        node.meta = meta
 
 
 _AFTER = 2

@@ -236,24 +236,21 @@ def _functional(func: Any) -> Traced:
     return traced
 
 
-_LIKE = {"aten::rand_like", "aten::randn_like", "aten::randint_like"}
-
-
-def _like(func: Any) -> Traced:
-    """rand_like and others: what torch does, empty_like and an in-place draw."""
+def _refuse_bound_in_tensor(func: Any) -> None:
     if any(a.name == "high" and str(a.type) == "Tensor" for a in func._schema.arguments):
         raise UnsupportedError(
             f"{func} takes its bound from a tensor, which a compiled or traced function cannot "
             "read. Pass the bound as a number."
         )
-    fill, of_values = {
-        "aten::rand_like": (aten.uniform_.default, lambda v: (0.0, 1.0)),
-        "aten::randn_like": (aten.normal_.default, lambda v: (0.0, 1.0)),
-        "aten::randint_like": (
-            getattr(aten.random_, "from"),
-            lambda v: (v.get("low", 0), v["high"]),
-        ),
-    }[func._schema.name]
+
+
+_LIKE = {"aten::rand_like", "aten::randn_like", "aten::randint_like"}
+
+
+def _like(func: Any) -> Traced:
+    """rand_like and others: what torch does, empty_like and an in-place draw."""
+    _refuse_bound_in_tensor(func)
+    fill, of_values = _FACTORIES[func._schema.name.removesuffix("_like")]
     node = NODES[fill]
 
     def traced(ranks: tuple[int, ...], values: Values) -> Any:
@@ -275,6 +272,8 @@ def _out(func: Any) -> Traced:
         if not a.is_out and "Generator" not in str(a.type)
     ]
     functional = _overload_taking(func.overloadpacket, wanted)
+    if func._schema.name.removesuffix("_like") in _FACTORIES:
+        return _filled(func)
     if functional is None or not any(kind == "Tensor" for _, kind in wanted):
         raise UnsupportedError(
             f"{func} cannot draw per rank inside a compiled or traced function. Use the form "
@@ -290,6 +289,29 @@ def _out(func: Any) -> Traced:
                 aten.resize_.default(values[name], result.shape)
             aten.copy_.default(values[name], result)
         return values[outs[0]] if len(outs) == 1 else tuple(values[name] for name in outs)
+
+    return traced
+
+
+# Factory -> the op that fills its result, and that op's arguments.
+_FACTORIES: dict[str, tuple[Any, Callable[[Values], tuple[Any, ...]]]] = {
+    "aten::rand": (aten.uniform_.default, lambda v: (0.0, 1.0)),
+    "aten::randn": (aten.normal_.default, lambda v: (0.0, 1.0)),
+    "aten::randint": (getattr(aten.random_, "from"), lambda v: (v.get("low", 0), v["high"])),
+}
+
+
+def _filled(func: Any) -> Traced:
+    """torch.rand(size, out=...), torch.rand_like(x, out=...): fill `out` in place."""
+    _refuse_bound_in_tensor(func)
+    fill, arguments = _FACTORIES[func._schema.name.removesuffix("_like")]
+
+    def traced(ranks: tuple[int, ...], values: Values) -> Any:
+        out = values["out"]
+        size = values["size"] if "size" in values else values["self"].shape
+        if tuple(out.shape) != tuple(size):
+            aten.resize_.default(out, size)
+        return handler_of(fill)(fill, (out, *arguments(values)), {})
 
     return traced
 

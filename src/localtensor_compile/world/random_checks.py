@@ -18,9 +18,12 @@ from ..errors import PlainTensorError, UnsupportedError
 def _path(func: Any) -> str:
     """Where torch has the function: "rand", "Tensor.normal_", "nn.functional.dropout"."""
     for prefix in ("", "Tensor.", "nn.functional."):
-        owner: Any = attrgetter(prefix[:-1])(torch) if prefix else torch
-        if getattr(owner, func.__name__, None) is func:
-            return prefix + func.__name__
+        path = prefix + func.__name__
+        try:
+            if attrgetter(path)(torch) is func:
+                return path
+        except AttributeError:
+            continue
     raise UnsupportedError(f"this version of torch has no public name for {func}.")
 
 
