@@ -4,6 +4,12 @@ from typing import Any
 
 from . import _c10d as _c10d
 from . import dispatch as dispatch
+from .check.program import ProgramError as ProgramError
+from .check.program import World as World
+from .check.report import CheckFailed as CheckFailed
+from .check.report import CheckReport as CheckReport
+from .check.runner import check as check
+from .cli.script import main as main
 from .collectives import c10d as c10d
 from .collectives import functional as functional
 from .compile import dynamo_support as dynamo_support

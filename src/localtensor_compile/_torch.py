@@ -6,6 +6,7 @@ What has to be *patched* in torch lives in world/torch_hooks.py; this module onl
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any
 
 import torch
@@ -128,6 +129,16 @@ def mesh_rank_grids(mesh: Any) -> tuple[tuple[int, ...], tuple[tuple[int, ...], 
 
     A submesh stands for one copy per rank of the other dimensions of its root mesh. Hashable.
     """
+    found = _grids.get(mesh)  # by value: meshes are immutable, and often built again
+    if found is None:
+        found = _grids[mesh] = _rank_grids(mesh)
+    return found
+
+
+_grids: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def _rank_grids(mesh: Any) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     with torch._C.DisableTorchFunction(), unset_fake_temporarily():
         if hasattr(mesh, "_layout") and hasattr(mesh, "_rank_map"):
             rank_map = mesh._rank_map

@@ -146,18 +146,6 @@ class LocalTensor(Tensor):
         with _NoTorchFunction():
             return handler(func, args, kwargs or {})
 
-    def __getattr__(self, name: str) -> Any:
-        # Reached only when normal lookup failed.
-        if name.startswith(_PREFIX):
-            rank = name[len(_PREFIX) :]
-            if rank.isdecimal() and int(rank) in self._ranks:
-                return self._local_tensors[int(rank)]
-            raise AttributeError(
-                f"this LocalTensor holds no shard of rank {rank}, only of ranks "
-                f"{list(self._local_tensors)}"
-            )
-        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-
     # ---- looking at values
     def reconcile(self) -> Tensor:
         """One ordinary tensor: a detached copy of the shard that all ranks have in common.
@@ -265,6 +253,31 @@ class LocalTensor(Tensor):
         self._size, self._stride = fresh._size, fresh._stride
 
 
+def _shard_property(rank: int) -> property:
+    def shard(self: LocalTensor) -> Tensor:
+        try:
+            return self._local_tensors[rank]
+        except KeyError:
+            raise AttributeError(
+                f"this LocalTensor holds no shard of rank {rank}, only of ranks "
+                f"{list(self._local_tensors)}"
+            ) from None
+
+    return property(shard, doc=f"The shard of rank {rank}.")
+
+
+def _define_rank(rank: int) -> None:
+    """Give LocalTensor the attribute `_local_tensor_{rank}`, which flattening names.
+
+    A property, not __getattr__: Dynamo reads no attribute, `.grad` included, of a class with that.
+    """
+    if f"{_PREFIX}{rank}" not in LocalTensor.__dict__:
+        setattr(LocalTensor, f"{_PREFIX}{rank}", _shard_property(rank))
+
+
+for _rank in range(64):
+    _define_rank(_rank)
+
 _OWN_ATTRIBUTES = ("_local_tensors", "_ranks", "_size", "_stride")
 
 
@@ -329,6 +342,8 @@ def _checked_shards(local_tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
                 "on its shards: detach the shards and pass LocalTensor(..., requires_grad=True)."
             )
         shards[rank] = shard
+        if rank >= 64:
+            _define_rank(rank)
     return shards
 
 

@@ -29,9 +29,10 @@ MISSING: Any = object()
 
 def all_replacements() -> Iterator[Replacement]:
     """Every (owner, attribute, replacement), built fresh from what torch has now."""
-    from . import autograd, distributed, dtensor, random
+    from . import autograd, distributed, dtensor, factories, random
 
-    for module in (autograd, distributed, dtensor, random):
+    # factories.py wraps what random.py has replaced.
+    for module in (autograd, distributed, dtensor, random, factories):
         yield from module.replacements()
 
 
