@@ -65,13 +65,15 @@ class RandomOp:
         )
         self.outs = tuple(a.name for a in arguments if a.is_out)
         self.switches = tuple(
-            (i, a.name, _SWITCHES[a.name]) for i, a in enumerate(arguments) if a.name in _SWITCHES
+            (i, a.name, a.default_value if a.has_default_value() else None, _SWITCHES[a.name])
+            for i, a in enumerate(arguments)
+            if a.name in _SWITCHES
         )
         self._traced: Callable[[tuple[int, ...], Mapping[str, Any]], Any] | None = None
 
     def __call__(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for i, name, off in self.switches:
-            if (args[i] if i < len(args) else kwargs.get(name)) in off:
+        for i, name, default, off in self.switches:
+            if (args[i] if i < len(args) else kwargs.get(name, default)) in off:
                 return run_per_rank(self.as_is, args, kwargs)
         local = _first_local(args, kwargs)
         name = self.func._schema.name
