@@ -136,6 +136,11 @@ def set_grad_enabled(x):
 
 
 @program(x="k 4")
+def two_outputs_of_which_one_is_not_used(x):
+    return x.sin(), (x * 2).detach().requires_grad_(False), x.cos().sum().detach()
+
+
+@program(x="k 4")
 def detach_and_requires_grad(x):
     return x.detach() * x
 
@@ -158,6 +163,23 @@ def tensor_hook(x):
 @program(x="3 4", p="1, bool same")
 def cond_on_a_tensor(x, p):
     return torch.cond(p.any(), lambda x: x.sin(), lambda x: x.cos() * 2, (x,))
+
+
+@program(x="k 4", p="1, bool")
+def cond_where_ranks_take_their_own_branch(x, p):
+    return torch.cond(p.any(), lambda x: x.sin(), lambda x: x.cos() * 2, (x,))
+
+
+@program(x="k 4", p="1, bool")
+def cond_that_closes_over_a_size(x, p):
+    rows = x.shape[0]
+    return torch.cond(p.any(), lambda x: x * rows, lambda x: x.view(rows, 4) + 1, (x,))
+
+
+@program(x="k 4")
+def scan(x):
+    add = lambda carry, row: (carry + row, carry * row)
+    return torch._higher_order_ops.scan(add, torch.zeros_like(x[0]), x, dim=0)
 
 
 @program(x="k 4")
@@ -210,6 +232,11 @@ def func_jvp(x, t):
 def func_vjp(x, t):
     out, back = torch.func.vjp(lambda x: torch.tanh(x) * x, x)
     return out, back(t)[0]
+
+
+@program(x="k 4, nograd")
+def func_jacobian(x):
+    return torch.func.jacrev(lambda x: torch.tanh(x).sum(0))(x)
 
 
 @program(x="4, nograd")

@@ -28,8 +28,8 @@ def pooling(x):
     return F.max_pool2d(x, 2), F.avg_pool2d(x, 3, 1), F.adaptive_avg_pool2d(x, 2)
 
 
-@program(x="k 2 4 4")
-def interpolate(x):
+@program(x="3 2 4 4")
+def interpolate_even(x):
     return F.interpolate(x, scale_factor=2, mode="nearest")
 
 

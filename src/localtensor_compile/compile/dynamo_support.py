@@ -15,7 +15,14 @@ from torch import SymBool, SymFloat, SymInt
 
 from ..values.int_node import LocalBoolNode, LocalFloatNode, LocalIntNode, LocalNode, is_ranked
 from ..values.tensor import LocalTensor
-from . import aot_support, number_outputs, traced_numbers, traced_tensors, tracing_errors
+from . import (
+    aot_support,
+    control_flow,
+    number_outputs,
+    traced_numbers,
+    traced_tensors,
+    tracing_errors,
+)
 from .traced_numbers import rank_constant as rank_constant
 
 _undo: list[Callable[[], None]] = []
@@ -27,7 +34,14 @@ def register() -> None:
         return
     _defer_to_local_nodes()
     _symbols_for_uneven_sizes()
-    for module in (traced_numbers, number_outputs, traced_tensors, aot_support, tracing_errors):
+    for module in (
+        traced_numbers,
+        number_outputs,
+        traced_tensors,
+        aot_support,
+        tracing_errors,
+        control_flow,
+    ):
         for owner, name, value in module.replacements():
             _set(owner, name, value)
     for function, answer in traced_numbers.questions():

@@ -67,8 +67,14 @@ def is_constant(value: Any) -> bool:
 
 
 def _constant(tx: Any, value: Any) -> Any:
+    from torch._dynamo.variables.builder import wrap_fx_proxy
+
     values = value.node._values
-    return _node(tx, rank_constant, tuple(values), tuple(values.values()))
+    arguments = (tuple(values), tuple(values.values()))
+    # In the outermost graph: branches of torch.cond may share it.
+    root = tx.output.root_tracer
+    proxy = root.create_proxy("call_function", rank_constant, arguments, {})
+    return wrap_fx_proxy(tx, proxy)
 
 
 # ---------------------------------------------------------------- what traced code may ask

@@ -15,7 +15,7 @@ from torch import SymBool, SymFloat, SymInt, Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from .._torch import AsyncCollectiveTensor
-from ..errors import PlainTensorError, ShardError
+from ..errors import PlainTensorError, ShardError, UnsupportedError, per_rank_text
 from ..values.broadcast import dims_to_sum
 from ..values.int_node import LocalFloatNode, LocalNode, is_ranked
 from ..values.op_table import Handler, add_rule, implements
@@ -206,11 +206,19 @@ def _plan_rule(func: Any) -> Handler | None:
     plan = OpPlan(func)
     if plan.single and not plan.writes and not plan.views:
         return _fresh_handler(plan)
+    if plan.views and not plan.writes and func._can_decompose():
+        # to(), reshape() and the like are a view or a copy, depending on the tensor: the ops that
+        # they consist of know which. They get here in inference mode and in torch.func transforms.
+        return _decomposed
 
     def handler(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return run_per_rank(plan, args, kwargs)
 
     return handler
+
+
+def _decomposed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func.decompose(*args, **kwargs)
 
 
 def _fresh_handler(plan: OpPlan) -> Handler:
@@ -264,6 +272,21 @@ def _size(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @implements(aten.sym_stride.default)
 def _stride(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0]._stride
+
+
+@implements(aten.size.default, aten.stride.default)
+def _plain_ints(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """torch's C++ wants plain ints."""
+    tensor = args[0]
+    values = tensor._size if func is aten.size.default else tensor._stride
+    if not any(is_ranked(v) for v in values):
+        return list(values)
+    found = {r: (tuple(t.shape), t.stride()) for r, t in tensor._local_tensors.items()}
+    raise UnsupportedError(
+        "the function that you called asks for the one size or stride of a tensor whose shards "
+        f"have different ones (size, stride): {per_rank_text(found)}. Run it once per rank: "
+        "tensor_map(x, lambda rank, shard: ...), or @maybe_run_for_local_tensor."
+    )
 
 
 @implements(aten.dim.default)

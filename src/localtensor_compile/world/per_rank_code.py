@@ -154,15 +154,15 @@ def _run_on_ranks(mode: Any, func: Callable[..., Any], args: Any, kwargs: Any) -
     """`for_each_rank`, differentiable, in Python that Dynamo can trace."""
     ranks = mode._sorted_ranks
     flat, spec = pytree.tree_flatten((args, kwargs))
-    columns = [_on_ranks(leaf, ranks) for leaf in flat]
+    columns = [on_ranks(leaf, ranks) for leaf in flat]
     results = []
     for i, r in enumerate(ranks):
         rank_args, rank_kwargs = pytree.tree_unflatten([c[i] for c in columns], spec)
         results.append(mode._on_rank(r, func, *rank_args, **rank_kwargs))
-    return _combined(ranks, results, f"{func.__name__}()")
+    return join_results(ranks, results, f"{func.__name__}()")
 
 
-def _on_ranks(value: Any, ranks: tuple[int, ...]) -> Sequence[Any]:
+def on_ranks(value: Any, ranks: tuple[int, ...]) -> Sequence[Any]:
     """What each rank sees of a leaf value."""
     if isinstance(value, AsyncCollectiveTensor):
         value = value.wait()
@@ -173,7 +173,7 @@ def _on_ranks(value: Any, ranks: tuple[int, ...]) -> Sequence[Any]:
     return [value] * len(ranks) if numbers is None else numbers
 
 
-def _combined(ranks: tuple[int, ...], results: Sequence[Any], what: str) -> Any:
+def join_results(ranks: tuple[int, ...], results: Sequence[Any], what: str) -> Any:
     """The results of all ranks as one: `combine`, but tensors stay part of the autograd graph."""
     first = results[0]
     if not isinstance(first, (Tensor, list, tuple, dict)):
@@ -182,8 +182,8 @@ def _combined(ranks: tuple[int, ...], results: Sequence[Any], what: str) -> Any:
     if isinstance(first, Tensor):
         return join_shards(ranks, results)
     if isinstance(first, dict):
-        return {k: _combined(ranks, [v[k] for v in results], what) for k in first}
-    items = [_combined(ranks, [v[i] for v in results], what) for i in range(len(first))]
+        return {k: join_results(ranks, [v[k] for v in results], what) for k in first}
+    items = [join_results(ranks, [v[i] for v in results], what) for i in range(len(first))]
     return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
 
 

@@ -1,0 +1,79 @@
+"""torch.cond and its relatives on LocalTensors: every rank runs the operator on its own shards.
+
+Ranks may take different branches or loop a different number of times, as real processes may. What
+the branches compute must be a rank's own business: a collective, or code that runs once per rank,
+would see one rank at a time here, and is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..errors import UnsupportedError
+from ..values.ranked import ranks_of
+from ..values.tensor import LocalTensor
+from ..world.per_rank_code import join_results, on_ranks
+
+_OPERATORS = ("cond", "while_loop", "scan", "associative_scan", "map_impl", "flex_attention")
+_COMMUNICATING = (
+    "_c10d_functional",
+    "_c10d_functional_autograd",
+    "_dtensor",
+    "c10d",
+    "localtensor",
+)
+
+
+def _require_own_business(operator: str, branches: list[fx.GraphModule]) -> None:
+    """Raise UnsupportedError where a branch needs to know other ranks."""
+    for branch in branches:
+        for node in branch.graph.nodes:
+            owner = (
+                getattr(node.target, "namespace", None)
+                or getattr(node.target, "_qualified_op_name", "").partition("::")[0]
+            )
+            module = str(getattr(node.target, "__module__", ""))
+            if owner in _COMMUNICATING or module.startswith(
+                ("localtensor_compile", "torch.distributed")
+            ):
+                raise UnsupportedError(
+                    f"torch.{operator} on LocalTensors runs its branches once per rank, but a "
+                    f"branch has {node.name}, which concerns several ranks. Do that part outside "
+                    f"of torch.{operator}, and pass its result in."
+                )
+
+
+def _per_rank(operator: Any, args: Any, kwargs: Any) -> Any:
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    _require_own_business(operator.name(), [v for v in leaves if isinstance(v, fx.GraphModule)])
+    ranks = ranks_of(leaves) or ()
+    columns = [on_ranks(v, ranks) for v in leaves]
+    results = []
+    for i in range(len(ranks)):
+        rank_args, rank_kwargs = pytree.tree_unflatten([c[i] for c in columns], spec)
+        results.append(operator(*rank_args, **rank_kwargs))
+    return join_results(ranks, results, operator.name())
+
+
+def replacements() -> list[tuple[Any, Any, Any]]:
+    """(owner, name, replacement): the operators' classes, above autograd and every mode."""
+    found = []
+    for name in _OPERATORS:
+        operator = getattr(torch.ops.higher_order, name, None)
+        call = type(operator).__dict__.get("__call__") if operator is not None else None
+        if call is None:  # not in every supported version
+            continue
+
+        def per_rank(self: Any, *args: Any, _call: Any = call, **kwargs: Any) -> Any:
+            leaves = pytree.tree_leaves((args, kwargs))
+            if any(isinstance(v, LocalTensor) for v in leaves):
+                return _per_rank(self, args, kwargs)
+            return _call(self, *args, **kwargs)
+
+        found.append((type(operator), "__call__", functools.wraps(call)(per_rank)))
+    return found
