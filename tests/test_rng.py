@@ -533,7 +533,7 @@ def test_every_random_op_of_torch_is_known():
     """In eager each has a handler; in a graph each has a form, or raises UnsupportedError."""
     forms, refused = [], []
     for op in random_overloads():
-        if op in _DRAWS_NOTHING:
+        if op._schema.name in _DRAWS_NOTHING:
             continue
         assert isinstance(handler_of(op), RandomOp), op
         try:

@@ -239,6 +239,8 @@ def unbatched(tensor: Any) -> Any:
 
 def vmap_randomness() -> str | None:
     """The `randomness` of the innermost torch.vmap that is running, or None."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return None
     from torch._C._functorch import CVmapInterpreterPtr, TransformType
 
     for interpreter in reversed(torch._C._functorch.get_interpreter_stack() or ()):

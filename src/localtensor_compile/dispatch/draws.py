@@ -33,6 +33,13 @@ class Draw:
         call = _in_turn(func) if overload is None else overload
         self.call: Callable[..., Any] = getattr(call, "_op", call)
 
+    def direct(self, ranks: Collection[int], device: torch.device) -> Mapping[int, Any] | None:
+        """`turns` where it has nothing to do before and after the calls, which is nearly always."""
+        world = current()
+        if world is None or not self.takes_generator or device.type == "meta":
+            return None
+        return world.of_ranks(ranks, device)
+
     @contextlib.contextmanager
     def turns(
         self,

@@ -91,14 +91,11 @@ class RankGenerators:
         """{rank: generator} of a device."""
         generators = self._generators.get(device)
         if generators is None:
-            generators = self._make(full_device(device))
-            self._generators[device] = generators
+            device = full_device(device)
+            generators = self._generators.get(device) or self._make(device)
         return generators
 
     def _make(self, device: torch.device) -> dict[int, Generator]:
-        known = self._generators.get(device)
-        if known is not None:
-            return known
         made = {r: Generator(device) for r in self.ranks}
         seeds = self._seeds.get(device.type, self._seeds.get(""))
         if seeds is not None:
@@ -119,8 +116,8 @@ class RankGenerators:
             WorldError: ranks that are not in this world.
         """
         generators = self.on(device)
-        if not generators.keys() >= set(ranks):
-            missing = sorted(set(ranks) - generators.keys())
+        missing = [r for r in ranks if r not in generators]
+        if missing:
             raise WorldError(
                 f"random numbers for ranks {missing} were asked for in a world of ranks "
                 f"{list(self.ranks)}. Use LocalTensors of the active LocalTensorMode's ranks, or "

@@ -6,6 +6,7 @@ draw the same bits.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -92,19 +93,30 @@ def _eager(func: Any, ranks: Ranks, args: Args, kwargs: Kwargs) -> LocalTensor:
             kwargs["device"] = device
     draw = _DRAWS[func]
     shards = {}
-    varies = any(per_rank_values(v) is not None for v in pytree.tree_leaves((args, kwargs)))
+    varies = _holds_rank_number((*args, *kwargs.values()))
+    turns = None if generator is not None else draw.direct(ranks, torch.device(device))
     with (
         torch._C.DisableTorchFunction(),
-        draw.turns(ranks, torch.device(device), generator) as turns,
+        contextlib.nullcontext(turns)
+        if turns is not None
+        else draw.turns(ranks, torch.device(device), generator) as turns,
     ):
         for r in ranks:
             a, k = pick_tree((args, kwargs), r) if varies else (args, kwargs)
-            shards[r] = draw.call(*a, **k, **{draw.keyword: turns[r]})
+            shards[r] = draw.call(*a, **k, generator=turns[r])
     out = kwargs.get("out")
     if out is not None:
         out._sync_meta()
         return out
     return _wrap(_checked_shards(shards), requires_grad)
+
+
+def _holds_rank_number(values: Any) -> bool:
+    return any(
+        _holds_rank_number(v) if isinstance(v, (tuple, list)) else per_rank_values(v) is not None
+        for v in values
+        if v.__class__ is not int
+    )
 
 
 def _traced(func: Any, ranks: Ranks, args: Args, kwargs: Kwargs) -> LocalTensor:
@@ -230,13 +242,15 @@ def draws_for_plain(func: Any, args: Args, kwargs: Mapping[str, Any]) -> bool:
     those that torch.vmap rewrites to draw into a plain tensor; False for a dropout that is off.
     Tensor subclasses that may hold LocalTensors (DTensor) count as LocalTensors.
     """
+    randomness = vmap_randomness()
+    if randomness is None and args and type(args[0]) is LocalTensor:
+        return False  # the most frequent case
     off = PLAIN_DRAWS.get(func)
     if (off is None and func not in RANDOM_FACTORIES) or (off and off(*args, **kwargs)):
         return False
     tensors = [t for t in pytree.tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor)]
     if all(type(unbatched(t)) in _PLAIN_TYPES for t in tensors):
         return True
-    randomness = vmap_randomness()
     if randomness is None:
         return False
     # Found by comparing every function with plain torch.

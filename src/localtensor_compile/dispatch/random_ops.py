@@ -30,13 +30,13 @@ aten = torch.ops.aten
 
 # Tagged as random by torch, but they draw nothing: they choose a kernel or replay a known state.
 _DRAWS_NOTHING = {
-    aten._fused_sdp_choice.default,
-    aten._nested_tensor_softmax_with_shape.default,
-    aten._cudnn_attention_backward.default,
-    aten._scaled_dot_product_cudnn_attention_backward.default,
-    aten._scaled_dot_product_efficient_attention_backward.default,
-    aten._fill_mem_eff_dropout_mask_.default,
-    aten._flash_attention_forward_no_dropout_inplace.default,
+    "aten::_fused_sdp_choice",
+    "aten::_nested_tensor_softmax_with_shape",
+    "aten::_cudnn_attention_backward",
+    "aten::_scaled_dot_product_cudnn_attention_backward",
+    "aten::_scaled_dot_product_efficient_attention_backward",
+    "aten::_fill_mem_eff_dropout_mask_",
+    "aten::_flash_attention_forward_no_dropout_inplace",
 }
 # They keep their dropout state in a cache of the process or in a tensor that was drawn once.
 _SHARED_STATE = {
@@ -90,8 +90,12 @@ class RandomOp:
                 raise traced_generator_error(str(self.func))
             return self._run_traced(tuple(shards), args, kwargs)
         device = kwargs.get("device") or local.device
-        with self.draw.turns(shards.keys(), device, generator) as turns:
+        turns = None if generator is not None else self.draw.direct(shards, device)
+        if turns is not None:
             result = run_per_rank(self.plan, args, kwargs, ((self.draw.keyword, turns),))
+        else:
+            with self.draw.turns(shards, device, generator) as turns:
+                result = run_per_rank(self.plan, args, kwargs, ((self.draw.keyword, turns),))
         for out in self.outs:
             kwargs[out]._sync_meta()  # the op resizes the shards
         return result
@@ -374,7 +378,7 @@ def _random_rule(func: Any) -> Handler | None:
         isinstance(func, torch._ops.OpOverload)
         and torch.Tag.nondeterministic_seeded in func.tags
         and func.namespace == "aten"
-        and func not in _DRAWS_NOTHING
+        and func._schema.name not in _DRAWS_NOTHING
     ):
         return RandomOp(func)
     return None
