@@ -644,5 +644,11 @@ def test_a_fork_of_the_owner_gets_a_pool_of_its_own() -> None:
     assert pool.run(ok, 1)[0].tolist() == [1.0] * 3
 
 
+def test_the_fork_server_has_one_thread(pool: GlooPool) -> None:
+    """A fork copies one thread only: locks that others hold would stay locked in the workers."""
+    pool.run(pids, 1)
+    assert len(os.listdir(f"/proc/{pool._server._process.pid}/task")) == 1
+
+
 def test_the_shared_pool_is_one() -> None:
     assert shared_pool() is shared_pool()

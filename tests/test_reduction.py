@@ -309,22 +309,21 @@ def test_equals_gloo_in_sub_groups(group: tuple[int, ...]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", range(1, 9))
 def test_equals_gloo_in_full(world_size: int) -> None:
-    cases = matrix((0, 1, 2, 7, 100, 1000), (True, False))
+    cases = matrix((0, 1, 7, 1000))
     assert compare(cases, world_size, 1200.0) >= len(cases) * world_size
 
 
 @pytest.mark.gloo
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 3, 4, 5, 7, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8])
-def test_equals_gloo_above_the_segment_limit_in_full(world_size: int, dtype: torch.dtype) -> None:
-    """From 1.5 to 2.6 MiB per rank: up to more than 2 W segments of 1 MiB."""
-    kinds = ("all_reduce", "reduce to the first", "reduce to the last", "all_reduce_coalesced")
-    sizes = [int(mib * 2**20 / 3 / dtype.itemsize) for mib in (1.5, 2.0, 2.6)]
-    for rows in sizes:
-        compare(
-            [Case(kind, op, dtype, rows) for kind in kinds for op in ("sum", "min")], world_size
-        )
+@pytest.mark.parametrize("world_size", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("mib", [1.5, 2.0, 2.6])
+def test_equals_gloo_above_the_segment_limit_in_full(
+    world_size: int, dtype: torch.dtype, mib: float
+) -> None:
+    """`mib` MiB per rank: up to more than 2 W segments of 1 MiB."""
+    rows = int(mib * 2**20 / 3 / dtype.itemsize)
+    compare([Case(k, "sum", dtype, rows) for k in ("all_reduce", "reduce to the last")], world_size)
 
 
 @pytest.mark.gloo
