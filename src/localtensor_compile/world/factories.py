@@ -80,6 +80,8 @@ class FactoryMode(TorchFunctionMode):
         if kwargs is None:
             kwargs = {}
         if torch.compiler.is_dynamo_compiling():
+            if func is Tensor.unflatten:  # calls super(), which Dynamo cannot trace in a mode
+                func = torch.unflatten
             name = _rewritten(func, args, kwargs)
             if name is None:
                 return func(*args, **kwargs)
