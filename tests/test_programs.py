@@ -81,7 +81,8 @@ def test_aot_eager(name):
     require_compiled(program, run)
 
 
-@pytest.mark.parametrize("name", sample(12))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sample(1))
 def test_inductor(name):
     program = PROGRAMS[name]
     run = run_local(program, "inductor", inside=True)
