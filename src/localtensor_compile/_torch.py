@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensor as FunctionalTensor
+from torch.autograd import forward_ad
 from torch.distributed._functional_collectives import (
     AsyncCollectiveTensor as AsyncCollectiveTensor,
 )
@@ -72,6 +73,29 @@ def tracing_active() -> bool:
         or get(_DispatchModeKey.FUNCTIONAL) is not None
         or get(_DispatchModeKey.PROXY) is not None
     )
+
+
+def only_autograd_listens() -> bool:
+    """Whether nothing but autograd stands between a call of an op and the tensors' own dispatch.
+
+    No torch function mode, dispatch mode, torch.func transform, forward AD level, autocast,
+    inference mode or profiler is active in this thread.
+    """
+    return (
+        _len_dispatch_stack() == 0
+        and _len_function_stack() == 0
+        and _functorch_stack() is None
+        and forward_ad._current_level < 0
+        and not _any_autocast()
+        and not torch.is_inference_mode_enabled()
+        and not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    )
+
+
+_len_dispatch_stack = torch._C._len_torch_dispatch_stack
+_len_function_stack = torch._C._len_torch_function_stack
+_functorch_stack = torch._C._functorch.peek_interpreter_stack
+_any_autocast = torch._C._is_any_autocast_enabled
 
 
 def current_fake_mode() -> Any:

@@ -405,7 +405,8 @@ def _wrap(shards: dict[int, Tensor], requires_grad: bool = False) -> LocalTensor
 def _wrap_fresh(shards: dict[int, Tensor], ranks: frozenset[int]) -> LocalTensor:
     """`_wrap` for results of one op that makes fresh tensors, run on shards that agree.
 
-    Such results agree in dtype, device and layout, are not offset and carry no conj/neg bit.
+    Such results agree in dtype and device, are not offset and carry no conj/neg bit. They are
+    strided: others have no stride() to ask for.
     """
     it = iter(shards.values())
     first = next(it)
@@ -423,7 +424,6 @@ def _wrap_fresh(shards: dict[int, Tensor], ranks: frozenset[int]) -> LocalTensor
         strides=stride,
         dtype=first.dtype,
         device=first.device,
-        layout=first.layout,
     )
     result._local_tensors = shards
     result._ranks = ranks

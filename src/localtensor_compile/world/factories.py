@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ..collectives.plain import FUNCTIONAL
 from ..collectives.plain import functional as plain_collective
 from ..dispatch.random_factories import PLAIN_DRAWS, draws_for_plain, plain_draw
+from ..dispatch.shortcuts import SHORTCUTS, run_shortcut
 from ..errors import PlainTensorError
 from ..values.tensor import LocalTensor
 from .factory_builders import BUILDERS, Ranks, build, without_grad
@@ -93,7 +94,9 @@ class FactoryMode(TorchFunctionMode):
             return result.requires_grad_() if kwargs.get("requires_grad") else result
         handler = _HANDLERS.get(func)
         if handler is not None:
-            return handler(self, func, args, kwargs)
+            result = handler(self, func, args, kwargs)
+            if result is not NotImplemented:
+                return result
         for arg in args:
             if arg.__class__ in MAY_HOLD_NUMBERS and holds_rank_number(arg):
                 return call_with_numbers(func, args, kwargs)
@@ -122,6 +125,10 @@ def _factory(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[s
 
 def _is_numpy(args: tuple[Any, ...]) -> bool:
     return bool(args) and isinstance(args[0], (numpy.ndarray, numpy.generic))
+
+
+def _shortcut(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return NotImplemented if kwargs else run_shortcut(func, args)
 
 
 def _index(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -287,7 +294,9 @@ def _is_internal(module: str | None) -> bool:
     return found
 
 
+# A handler that returns NotImplemented leaves the call to go on as any other.
 _HANDLERS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(SHORTCUTS, _shortcut),
     **dict.fromkeys(BUILDERS, _factory),
     **dict.fromkeys(PLAIN_DRAWS, _draw),
     **dict.fromkeys(FUNCTIONAL, _collective),
