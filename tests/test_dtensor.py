@@ -119,6 +119,13 @@ def test_program(name, backend):
     run_program(inputs, fn, (4,), backend)
 
 
+def test_world_after_world_with_equal_meshes():
+    """DTensor's caches must not hand out the mesh of a world that is gone."""
+    for name in ("uneven pointwise", "uneven from replicate"):
+        inputs, fn = PROGRAMS[name]
+        run_program(inputs, fn, (4,), "aot_eager")
+
+
 TWO_DIMS = {
     "shard shard": ([(U, [S(0), S(0)])], lambda m, a: to(a, m, R, R).sin()),
     "shard 0, shard 1": ([(U, [S(0), S(1)])], lambda m, a: to(a, m, R, S(0)).sin()),

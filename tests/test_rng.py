@@ -1,5 +1,6 @@
 """Random numbers in eager: seeds, states and draws of every rank equal those of a real process."""
 
+import re
 import threading
 
 import pytest
@@ -510,6 +511,51 @@ def test_in_place_draws_inside_vmap_with_one_randomness_for_all():
         x = torch.ones(3, 2)
         with pytest.raises(UnsupportedError, match=r"normal_ inside torch\.vmap"):
             torch.vmap(lambda t: torch.empty_like(t).normal_(), randomness="same")(x)
+
+
+@pytest.mark.parametrize(
+    "draw", [torch.rand, torch.randn, torch.randperm], ids=lambda f: f.__name__
+)
+def test_factories_inside_vmap(draw):
+    """A factory has no mapped tensor, so nothing tells of how many examples it would draw for."""
+    with lt.LocalTensorMode(2):
+        x = torch.ones(3, 6)
+        text = (
+            f"torch.{draw.__name__} inside torch.vmap(randomness='different') cannot draw per rank"
+        )
+        with pytest.raises(UnsupportedError, match=re.escape(text)):
+            torch.vmap(lambda t: t + draw(6), randomness="different")(x)
+
+
+@pytest.mark.parametrize("draw", [F.gumbel_softmax, torch.nn.init.kaiming_uniform_])
+def test_python_functions_that_draw_inside_vmap(draw):
+    with lt.LocalTensorMode(2):
+        x = torch.ones(3, 4, 2)
+        with pytest.raises(UnsupportedError, match=r"inside torch\.vmap.*cannot draw per rank"):
+            torch.vmap(lambda t: draw(t.clone()), randomness="same")(x)
+
+
+DRAWING_INSIDE = {
+    "svd_lowrank": lambda x: torch.svd_lowrank(x, 2)[1],
+    "pca_lowrank": lambda x: torch.pca_lowrank(x, 2)[1],
+    "fractional_max_pool2d": lambda x: F.fractional_max_pool2d(x[None], 2, output_size=2),
+}
+
+
+@pytest.mark.parametrize("name", DRAWING_INSIDE)
+def test_python_functions_that_draw(name):
+    program, inputs = DRAWING_INSIDE[name], [torch.arange(30.0).reshape(6, 5).sin()] * 2
+    assert_same(run_local(program, inputs), run_plain(program, inputs))
+
+
+@pytest.mark.parametrize("name", DRAWING_INSIDE)
+def test_python_functions_that_draw_are_refused_in_compiled_code(name):
+    torch._dynamo.reset()
+    with lt.LocalTensorMode(2):
+        x = torch.ones(6, 5)
+        text = rf"would call torch\.(nn\.functional\.)?{name}, which draws random numbers inside"
+        with pytest.raises(UnsupportedError, match=text):
+            torch.compile(DRAWING_INSIDE[name], backend="aot_eager", fullgraph=True)(x)
 
 
 def test_recurrent_kernels_with_a_shared_dropout_state():

@@ -19,6 +19,7 @@ from . import (
     aot_support,
     control_flow,
     number_outputs,
+    plain_operands,
     traced_numbers,
     traced_tensors,
     tracing_errors,
@@ -44,6 +45,7 @@ def register() -> None:
     ):
         for owner, name, value in module.replacements():
             _set(owner, name, value)
+    _undo.append(plain_operands.register())
     for function, answer in traced_numbers.questions():
         _answer(function, answer)
     for function in (*traced_numbers.NODES, *traced_tensors.NODES):

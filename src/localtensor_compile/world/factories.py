@@ -305,9 +305,16 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(
         (
             F.embedding_bag,
+            F.fractional_max_pool2d,
             F.fractional_max_pool2d_with_indices,
+            F.fractional_max_pool3d,
             F.fractional_max_pool3d_with_indices,
+            F.gumbel_softmax,
             F.multi_head_attention_forward,
+            torch.lobpcg,
+            torch.nn.init.kaiming_uniform_,
+            torch.pca_lowrank,
+            torch.svd_lowrank,
         ),
         _reentered,
     ),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch.random_factories import refuse_in_vmap
 from ..dispatch.random_ops import RANDOM_FACTORIES, random_factory
 from ..errors import UnsupportedError
 from ..values.ranked import pick_tree
@@ -37,6 +38,8 @@ def build(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]
         return BUILDERS[func](func, ranks, args, kwargs)
     if any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
         return func(*args, **kwargs)
+    if func in RANDOM_FACTORIES:
+        refuse_in_vmap(func)
     # Inside of grad or vmap a factory gives a tensor of that transform, which cannot be a shard.
     with outside_transforms():
         return BUILDERS[func](func, ranks, args, kwargs)

@@ -171,7 +171,7 @@ def _process_group(ranks: tuple[int, ...]) -> Iterator[None]:
         yield
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            torch_hooks.destroy_simulated_process_group()
 
 
 def rank_map(cb: Callable[[int], Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch.random_factories import PLAIN_DRAWS, RANDOM_FACTORIES, draws_for_plain
@@ -33,11 +34,24 @@ RANDOM_NAMES: dict[Any, str] = {
 """Every function of torch that draws random numbers -> its path below torch."""
 
 
+# Dynamo does not look into these.
+DRAWING_INSIDE = {
+    F.fractional_max_pool2d: "nn.functional.fractional_max_pool2d",
+    F.fractional_max_pool2d_with_indices: "nn.functional.fractional_max_pool2d_with_indices",
+    F.fractional_max_pool3d: "nn.functional.fractional_max_pool3d",
+    F.fractional_max_pool3d_with_indices: "nn.functional.fractional_max_pool3d_with_indices",
+    torch.lobpcg: "lobpcg",
+    torch.pca_lowrank: "pca_lowrank",
+    torch.svd_lowrank: "svd_lowrank",
+}
+
+
 def check_graph(graph_module: Any) -> None:
     """Raise where a graph that Dynamo made would draw once for all ranks.
 
     Raises:
-        PlainTensorError: names the function and the user's line.
+        PlainTensorError: a draw into a plain tensor. Names the function and the user's line.
+        UnsupportedError: a function that draws where no graph shows it. Names the same.
     """
     for module in graph_module.modules():
         graph = getattr(module, "graph", None)
@@ -45,6 +59,12 @@ def check_graph(graph_module: Any) -> None:
             continue
         for node in graph.nodes:
             func = _function(node)
+            if func in DRAWING_INSIDE and node.kwargs.get("_random_samples") is None:
+                raise UnsupportedError(
+                    f"a compiled function would call torch.{DRAWING_INSIDE[func]}, which draws "
+                    f"random numbers inside, once for all ranks{_line(node)}. Call it outside of "
+                    "the compiled function, or wrap it in torch.compiler.disable."
+                )
             if func not in RANDOM_NAMES:
                 continue
             args = torch.fx.map_arg(node.args, _example)

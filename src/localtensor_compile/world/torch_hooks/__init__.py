@@ -146,6 +146,16 @@ def init_simulated_process_group(world_size: int) -> None:
     init(world_size)
 
 
+def destroy_simulated_process_group() -> None:
+    """Destroy all process groups, and what torch remembers of their meshes."""
+    import torch.distributed as dist
+
+    from .dtensor import forget_sharding
+
+    dist.destroy_process_group()
+    forget_sharding()
+
+
 def function_mode(mode: Any) -> Any:
     """The torch function mode that turns factories into per-rank factories."""
     from ..factories import FactoryMode

@@ -29,3 +29,14 @@ def replacements() -> Iterator[Replacement]:
     from . import dtensor_sharding
 
     yield from dtensor_sharding.replacements()
+
+
+def forget_sharding() -> None:
+    """Empty DTensor's caches of sharding propagation, whose results hold meshes.
+
+    A mesh of a later world equals that of one that is gone, so the caches would hand out the old
+    one, and AOTAutograd's tracing tells meshes apart by identity.
+    """
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
