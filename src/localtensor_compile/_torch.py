@@ -88,7 +88,7 @@ def only_autograd_listens() -> bool:
         and forward_ad._current_level < 0
         and not _any_autocast()
         and not torch.is_inference_mode_enabled()
-        and not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        and not torch.autograd._profiler_enabled()
     )
 
 

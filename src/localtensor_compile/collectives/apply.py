@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CollectiveError, per_rank_text
-from ..values.int_node import is_ranked
+from ..values.rank_node import is_ranked
 from ..values.ranked import per_rank_values
 from ..values.tensor import LocalTensor, _wrap
 from .groups import Groups, groups_of

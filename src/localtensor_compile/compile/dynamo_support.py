@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import SymBool, SymFloat, SymInt
 
-from ..values.int_node import LocalBoolNode, LocalFloatNode, LocalIntNode, LocalNode, is_ranked
+from ..values.bool_node import LocalBoolNode
+from ..values.float_node import LocalFloatNode
+from ..values.int_node import LocalIntNode
+from ..values.rank_node import LocalNode, is_ranked
 from ..values.tensor import LocalTensor
 from . import (
     aot_support,

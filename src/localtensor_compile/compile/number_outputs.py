@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import fx
 
-from ..values.int_node import is_ranked, make_float
+from ..values.float_node import make_float
+from ..values.rank_node import is_ranked
 from .traced_numbers import MAKERS, rank_value
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._torch import is_functorch_wrapped_tensor, tracing_active
 from ..errors import RankDivergence, per_rank_text
-from ..values.int_node import is_ranked
+from ..values.rank_node import is_ranked
 
 aten = torch.ops.aten
 _NAME = "_wrapped_number"
@@ -115,10 +115,10 @@ def register() -> Callable[[], None]:
                 library.impl(op, _looked_at(op), _KEY)
     others = torch.library.Library("_", "IMPL")
     others.fallback(torch.library.fallthrough_kernel, _KEY)
-    Tensor._wrapped_number = _WrappedNumber()  # type: ignore[attr-defined]
+    Tensor._wrapped_number = _WrappedNumber()
 
     def stop() -> None:
-        del Tensor._wrapped_number  # type: ignore[attr-defined]
+        del Tensor._wrapped_number
         library._destroy()
         others._destroy()
 

@@ -15,7 +15,10 @@ import torch
 from torch import SymBool, SymFloat, SymInt
 
 from ..errors import fail
-from ..values.int_node import is_ranked, make_bool, make_float, make_int, value_on_rank
+from ..values.bool_node import make_bool
+from ..values.float_node import make_float
+from ..values.int_node import make_int
+from ..values.rank_node import is_ranked, value_on_rank
 from ..values.ranked import combined_values, numbers_on_ranks
 
 _TYPES = (SymInt, SymFloat, SymBool)

@@ -81,7 +81,10 @@ def replacements() -> list[tuple[Any, Any, Any]]:
     """(owner, name, replacement) in torch's Dynamo."""
     from torch._dynamo.variables.tensor import TensorSubclassVariable, TensorVariable
 
-    var_getattr = TensorVariable.var_getattr
+    # Its name since torch 2.14, and before.
+    names = ("tp_getattro_impl", "var_getattr")
+    getattr_name = next(name for name in names if name in TensorVariable.__dict__)
+    var_getattr = getattr(TensorVariable, getattr_name)
     call_method = TensorVariable.call_method
     construct = TensorSubclassVariable.call_function
 
@@ -109,7 +112,7 @@ def replacements() -> list[tuple[Any, Any, Any]]:
         return construct(self, tx, args, kwargs)
 
     return [
-        (TensorVariable, "var_getattr", attribute),
+        (TensorVariable, getattr_name, attribute),
         (TensorVariable, "call_method", method),
         (TensorSubclassVariable, "call_function", constructor),
     ]

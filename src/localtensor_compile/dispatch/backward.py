@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._torch import is_functorch_wrapped_tensor
-from ..values.int_node import LocalNode
 from ..values.op_table import handler_of
+from ..values.rank_node import LocalNode
 from ..values.ranked import ranks_of
 
 

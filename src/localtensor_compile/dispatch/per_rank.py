@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from .._torch import AsyncCollectiveTensor
 from ..errors import PlainTensorError, ShardError, UnsupportedError, per_rank_text
 from ..values.broadcast import dims_to_sum
-from ..values.int_node import LocalFloatNode, LocalNode, is_ranked
+from ..values.float_node import LocalFloatNode
 from ..values.op_table import Handler, add_rule, implements
+from ..values.rank_node import LocalNode, is_ranked
 from ..values.ranked import combine, per_rank_values
 from ..values.tensor import LocalTensor, _wrap, _wrap_fresh
 

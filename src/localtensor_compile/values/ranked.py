@@ -11,7 +11,10 @@ from torch.utils import _pytree as pytree
 
 from .._torch import AsyncCollectiveTensor
 from ..errors import RankDivergence, fail, per_rank_text
-from .int_node import is_ranked, make_bool, make_float, make_int, value_on_rank
+from .bool_node import make_bool
+from .float_node import make_float
+from .int_node import make_int
+from .rank_node import is_ranked, value_on_rank
 from .tensor import LocalTensor, _checked_shards, _wrap
 
 

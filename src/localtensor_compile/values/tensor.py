@@ -27,8 +27,9 @@ from .._torch import (
 )
 from ..errors import ShardError, UnsupportedError, per_rank_text
 from .equal import reconcile_when_run, require_equal, same_values
-from .int_node import LocalIntNode, LocalNode, make_int
+from .int_node import LocalIntNode, make_int
 from .op_table import _chosen, handler_of
+from .rank_node import LocalNode
 
 _PREFIX = "_local_tensor_"
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .._torch import FakeTensor, FunctionalTensor, tracing_active
 from ..errors import LocalTensorError, PlainTensorError, UnsupportedError, per_rank_text
-from ..values.int_node import LocalNode, is_ranked, value_on_rank
+from ..values.rank_node import LocalNode, is_ranked, value_on_rank
 from ..values.ranked import per_rank_values, pick, ranks_of
 from ..values.tensor import LocalTensor, _wrap
 

@@ -34,7 +34,8 @@ from ..dispatch.generators import (
 )
 from ..dispatch.random_factories import RANDOM_FACTORIES, random_factory
 from ..errors import WorldError
-from ..values.int_node import make_int, value_on_rank
+from ..values.int_node import make_int
+from ..values.rank_node import value_on_rank
 from ..values.tensor import LocalTensor, _wrap
 from .per_rank_code import _join, _split
 from .random_checks import RANDOM_NAMES, check_graph

@@ -23,7 +23,8 @@ import torch.distributed.distributed_c10d as c10d
 from ...collectives import objects, plain
 from ...collectives.groups import register_family
 from ...compile.dynamo_support import rank_constant
-from ...values.int_node import is_ranked, make_int
+from ...values.int_node import make_int
+from ...values.rank_node import is_ranked
 from ...values.tensor import LocalTensor
 from .. import torch_hooks
 from ..mesh import MeshMethods, per_rank_int, plain_mesh_args

@@ -17,7 +17,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._op_schema import OpSchema
 from torch.utils import _pytree as pytree
 
-from ...values.int_node import is_ranked, value_on_rank
+from ...values.rank_node import is_ranked, value_on_rank
 from ..mesh import per_rank_int
 from ..state import enabled_local_tensor_mode
 
