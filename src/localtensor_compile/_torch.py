@@ -5,6 +5,7 @@ What has to be *patched* in torch lives in world/torch_hooks.py; this module onl
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import weakref
 from typing import Any
@@ -221,7 +222,11 @@ def keep_when_dead(op: Any) -> None:
 
 def stash_for_engine_threads(key: str, value: Any) -> None:
     """Store `value` where torch's autograd threads find it while they work for this thread."""
+    before = sys.getrefcount(value)
     torch._C._stash_obj_in_tls(key, value)
+    if sys.getrefcount(value) == before:
+        # torch 2.11 takes no reference, and gives one back all the same when the thread ends.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
 def stashed(key: str) -> Any:

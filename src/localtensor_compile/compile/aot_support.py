@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlainTensorError
+from ..values.int_node import make_int
 from ..values.tensor import LocalTensor, _wrap
 
 
@@ -21,6 +22,43 @@ def _same_bits(out: Tensor, target: Tensor) -> Tensor:
     if out.is_complex() and out.is_conj() != target.is_conj():
         out = out.conj()
     return out if out.is_neg() == target.is_neg() else torch._neg_view(out)
+
+
+class _InStorageOf:
+    """A LocalTensor output as gen_alias_from_base looks at it: as part of its base's storage.
+
+    Since torch 2.14 that adds the base's offset where the two have different storages, which
+    wrappers always have: here each rank's shards tell.
+    """
+
+    def __init__(self, base: LocalTensor, target: LocalTensor) -> None:
+        self._base_tensor, self._target = base, target
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def untyped_storage(self) -> Any:
+        return self._base_tensor.untyped_storage()
+
+    def stride(self) -> tuple[Any, ...]:
+        """Inductor strides empty tensors as it likes: there those of the other ranks will do."""
+        shards = self._target._local_tensors
+        filled = next((t for t in shards.values() if t.numel()), None)
+        if filled is None:
+            return self._target.stride()
+        strides = {r: (t if t.numel() else filled).stride() for r, t in shards.items()}
+        dims = range(self._target.dim())
+        return tuple(make_int({r: s[d] for r, s in strides.items()}) for d in dims)
+
+    def storage_offset(self) -> Any:
+        bases = self._base_tensor._local_tensors
+        offsets = {}
+        for rank, shard in self._target._local_tensors.items():
+            base, offset = bases[rank], shard.storage_offset()
+            if base.untyped_storage()._cdata != shard.untyped_storage()._cdata:
+                offset = base.storage_offset() + offset
+            offsets[rank] = offset
+        return make_int(offsets)
 
 
 def _replicated_tangent(tangent: Tensor, meta: Any) -> LocalTensor:
@@ -41,8 +79,28 @@ def _replicated_tangent(tangent: Tensor, meta: Any) -> LocalTensor:
     return _wrap({r: tangent.detach().clone() for r in meta.meta})
 
 
+def _count_mutated_shards(outer: Any, inner: Any) -> None:
+    """Make the metadata of the shards count the forward outputs that there really are.
+
+    An input that requires grad and is written in place is an output of the forward graph, and so
+    are its shards. Their own metadata takes the write for one inside the graph, since shards do
+    not require grad: then strides and reusable buffers would be those of other saved tensors.
+    """
+    from torch._functorch._aot_autograd.subclass_utils import (
+        compute_inner_mutated_inp_indices_from_subclass_meta as mutated_indices,
+    )
+
+    indices = mutated_indices(outer, inner)
+    missing = len(indices) - inner.num_mutated_inp_runtime_indices
+    inner.mutated_inp_runtime_indices = indices
+    inner.num_mutated_inp_runtime_indices += missing
+    inner.num_forward_returns += missing
+    inner.num_forward += missing
+
+
 def replacements() -> list[tuple[Any, str, Any]]:
     """(owner, attribute, replacement) in torch's AOTAutograd."""
+    import torch._functorch._aot_autograd.graph_capture as graph_capture
     import torch._functorch._aot_autograd.graph_capture_wrappers as graph_capture_wrappers
     import torch._functorch._aot_autograd.runtime_wrappers as runtime_wrappers
     import torch._functorch.aot_autograd as aot_autograd
@@ -52,8 +110,10 @@ def replacements() -> list[tuple[Any, str, Any]]:
 
     @functools.wraps(gen_alias)
     def gen_alias_from_base(base: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
-        out = gen_alias(base, target, *args, **kwargs)
-        return _same_bits(out, target) if isinstance(target, LocalTensor) else out
+        if not (isinstance(target, LocalTensor) and isinstance(base, LocalTensor)):
+            return gen_alias(base, target, *args, **kwargs)
+        out = gen_alias(base, _InStorageOf(base, target), *args, **kwargs)
+        return _same_bits(out, target)
 
     collect = aot_autograd.run_functionalized_fw_and_collect_metadata
 
@@ -72,6 +132,15 @@ def replacements() -> list[tuple[Any, str, Any]]:
 
         return run
 
+    dispatch = graph_capture_wrappers.aot_dispatch_subclass
+
+    @functools.wraps(dispatch)
+    def aot_dispatch_subclass(*args: Any, **kwargs: Any) -> Any:
+        result = dispatch(*args, **kwargs)
+        if result.maybe_subclass_meta is not None and kwargs["is_joint_structure"]:
+            _count_mutated_shards(kwargs["meta"], result.maybe_subclass_meta.fw_metadata)
+        return result
+
     autograd = runtime_wrappers.AOTDispatchAutograd
     process = autograd.process_runtime_tangent
 
@@ -86,5 +155,7 @@ def replacements() -> list[tuple[Any, str, Any]]:
         (aot_autograd, "run_functionalized_fw_and_collect_metadata", collect_metadata),
         (runtime_wrappers, "run_functionalized_fw_and_collect_metadata", collect_metadata),
         (graph_capture_wrappers, "run_functionalized_fw_and_collect_metadata", collect_metadata),
+        (graph_capture, "aot_dispatch_subclass", aot_dispatch_subclass),
+        (runtime_wrappers, "aot_dispatch_subclass", aot_dispatch_subclass),
         (autograd, "process_runtime_tangent", staticmethod(process_runtime_tangent)),
     ]

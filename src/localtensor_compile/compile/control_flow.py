@@ -48,6 +48,25 @@ def _require_own_business(operator: str, branches: list[fx.GraphModule]) -> None
                 )
 
 
+def _numbers_inside(predicate: Any, if_true: Any, if_false: Any, operands: Any) -> Any:
+    """Sizes that the branches close over are plain numbers on one rank: as constants of the
+    branches, for Inductor knows tensors and symbols as operands."""
+    numbers = {i: v for i, v in enumerate(operands) if type(v) in (int, float, bool)}
+
+    def bound(branch: Any) -> Any:
+        def run(*tensors: Any) -> Any:
+            rest = iter(tensors)
+            given = (numbers[i] if i in numbers else next(rest) for i in range(len(operands)))
+            return branch(*given)
+
+        return run
+
+    if not numbers:
+        return predicate, if_true, if_false, operands
+    tensors = tuple(v for i, v in enumerate(operands) if i not in numbers)
+    return predicate, bound(if_true), bound(if_false), tensors
+
+
 def _per_rank(operator: Any, args: Any, kwargs: Any) -> Any:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     _require_own_business(operator.name(), [v for v in leaves if isinstance(v, fx.GraphModule)])
@@ -56,6 +75,8 @@ def _per_rank(operator: Any, args: Any, kwargs: Any) -> Any:
     results = []
     for i in range(len(ranks)):
         rank_args, rank_kwargs = pytree.tree_unflatten([c[i] for c in columns], spec)
+        if operator.name() == "cond":
+            rank_args = _numbers_inside(*rank_args)
         results.append(operator(*rank_args, **rank_kwargs))
     return join_results(ranks, results, operator.name())
 
