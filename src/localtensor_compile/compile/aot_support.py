@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import PlainTensorError
 from ..values.int_node import make_int
+from ..values.rank_node import is_ranked
 from ..values.tensor import LocalTensor, _wrap
 
 
@@ -103,6 +104,7 @@ def replacements() -> list[tuple[Any, str, Any]]:
     import torch._functorch._aot_autograd.graph_capture as graph_capture
     import torch._functorch._aot_autograd.graph_capture_wrappers as graph_capture_wrappers
     import torch._functorch._aot_autograd.runtime_wrappers as runtime_wrappers
+    import torch._functorch._aot_autograd.subclass_utils as subclass_utils
     import torch._functorch.aot_autograd as aot_autograd
     import torch._functorch.config as functorch_config
 
@@ -150,7 +152,21 @@ def replacements() -> list[tuple[Any, str, Any]]:
             x = _replicated_tangent(x, meta)
         return process(x, meta, *args, **kwargs)
 
+    found = []
+    match_attr = getattr(subclass_utils, "_find_attr_matching_outer_metadata", None)
+    if match_attr is not None:  # since torch 2.14
+
+        @functools.wraps(match_attr)
+        def find_attr(a: Any, *args: Any, **kwargs: Any) -> Any:
+            # No shard has the per-rank size of the whole, and asking would make ranks' sizes equal.
+            if isinstance(a, LocalTensor) and any(map(is_ranked, (*a._size, *a._stride))):
+                return None
+            return match_attr(a, *args, **kwargs)
+
+        found.append((subclass_utils, "_find_attr_matching_outer_metadata", find_attr))
+
     return [
+        *found,
         (runtime_wrappers, "gen_alias_from_base", gen_alias_from_base),
         (aot_autograd, "run_functionalized_fw_and_collect_metadata", collect_metadata),
         (runtime_wrappers, "run_functionalized_fw_and_collect_metadata", collect_metadata),

@@ -79,7 +79,12 @@ def _attribute(tx: Any, variable: Any, tensor: LocalTensor, name: str) -> Any:
 
 def replacements() -> list[tuple[Any, Any, Any]]:
     """(owner, name, replacement) in torch's Dynamo."""
+    from torch._dynamo.variables.builder import SourcelessBuilder
     from torch._dynamo.variables.tensor import TensorSubclassVariable, TensorVariable
+    from torch._dynamo.variables.torch_function import (
+        can_dispatch_torch_function,
+        dispatch_torch_function,
+    )
 
     # Its name since torch 2.14, and before.
     names = ("tp_getattro_impl", "var_getattr")
@@ -111,7 +116,22 @@ def replacements() -> list[tuple[Any, Any, Any]]:
             return _build(tx, _construct).call_function(tx, args, kwargs)
         return construct(self, tx, args, kwargs)
 
+    found = []
+    set_item = TensorVariable.__dict__.get("mp_ass_subscript_impl")
+    if set_item is not None:  # torch 2.14, which shows `x[i] = v` to no torch function mode
+
+        @functools.wraps(set_item)
+        def write(self: Any, tx: Any, key: Any, value: Any) -> Any:
+            args = (self, key, value)
+            if value is None or not can_dispatch_torch_function(tx, args, {}):
+                return set_item(self, tx, key, value)
+            function = SourcelessBuilder.create(tx, Tensor.__setitem__)
+            return dispatch_torch_function(tx, function, args, {})
+
+        found.append((TensorVariable, "mp_ass_subscript_impl", write))
+
     return [
+        *found,
         (TensorVariable, getattr_name, attribute),
         (TensorVariable, "call_method", method),
         (TensorSubclassVariable, "call_function", constructor),
