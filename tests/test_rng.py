@@ -645,3 +645,13 @@ def test_cuda_programs(name, backend):
     for r in range(WORLD):
         torch.testing.assert_close(shard(got, r), wanted[r])
         assert torch.equal(shard(state, r), states[r])
+
+
+@pytest.mark.parametrize("name", DRAWING_INSIDE)
+def test_python_functions_that_draw_on_an_older_torch(name, monkeypatch):
+    """Without a way past torch's check for function modes they would draw once for all ranks."""
+    monkeypatch.setattr("localtensor_compile.world.factories.redispatch", None)
+    with lt.LocalTensorMode(2):
+        x = torch.ones(6, 5)
+        with pytest.raises(UnsupportedError, match=f"{name} may draw random numbers, which this"):
+            DRAWING_INSIDE[name](x)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import SymBool, SymFloat, SymInt
 
+from .._torch import VERSION
 from ..errors import fail
 from ..values.bool_node import make_bool
 from ..values.float_node import make_float
@@ -149,6 +150,22 @@ def _sourceless(original: Any, kind: type, handlers: Any) -> Any:
     return build
 
 
+def _constant_by_call() -> tuple[Any, str, Any]:
+    """torch before 2.13 takes what mesh.get_local_rank() and the like return for a constant."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.variables import ConstantVariable
+
+    create = ConstantVariable.create
+
+    @functools.wraps(create)
+    def create_constant(value: Any, **kwargs: Any) -> Any:
+        if is_constant(value):
+            return _constant(InstructionTranslator.current_tx(), value)
+        return create(value, **kwargs)
+
+    return ConstantVariable, "create", staticmethod(create_constant)
+
+
 def replacements() -> list[tuple[Any, Any, Any]]:
     """(owner, name, replacement) in torch's Dynamo."""
     import torch._dynamo.variables.builder as builder
@@ -168,7 +185,11 @@ def replacements() -> list[tuple[Any, Any, Any]]:
             return _constant(self.tx, value)
         return original(self, value, *args, **kwargs)
 
+    found: list[tuple[Any, Any, Any]] = []
+    if VERSION < (2, 13):
+        found.append(_constant_by_call())
     return [
+        *found,
         (builder.VariableBuilder, "_wrap", wrap),
         *[(handlers, t, _sourceless(handlers.get(t), t, handlers)) for t in _TYPES],
     ]

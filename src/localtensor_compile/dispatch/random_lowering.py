@@ -51,6 +51,14 @@ def _ordered_kernel(op: Any) -> Any:
         waits_for = V.graph.additional_star_deps
         for first, second in itertools.pairwise(k for _, k in chain[max(at - 1, 0) : at + 2]):
             waits_for[second.get_operation_name()].add(first.get_name())
-        return pytree.tree_map_only(ir.IRNode, lambda node: node.wrap_for_lowering(), out)
+        return pytree.tree_map_only(ir.IRNode, _wrapped, out)
 
     return lower
+
+
+def _wrapped(node: Any) -> Any:
+    """As Inductor wraps what a fallback kernel returns; torch 2.11 has no method for it."""
+    from torch._inductor import ir
+
+    wrap = getattr(node, "wrap_for_lowering", None)
+    return ir.TensorBox.create(node) if wrap is None else wrap()

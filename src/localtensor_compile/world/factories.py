@@ -23,9 +23,10 @@ from ..collectives.plain import FUNCTIONAL
 from ..collectives.plain import functional as plain_collective
 from ..dispatch.random_factories import PLAIN_DRAWS, draws_for_plain, plain_draw
 from ..dispatch.shortcuts import SHORTCUTS, run_shortcut
-from ..errors import PlainTensorError
+from ..errors import PlainTensorError, UnsupportedError
 from ..values.tensor import LocalTensor
 from .factory_builders import BUILDERS, Ranks, build, without_grad
+from .random_checks import DRAWING_INSIDE
 from .rank_numbers import (
     BY_INDEX,
     MAY_HOLD_NUMBERS,
@@ -41,6 +42,7 @@ from .torch_hooks.factories import (
     TracedCall,
     decided_while_tracing,
     default_device,
+    in_transform,
     made_by_dynamo,
     redispatch,
 )
@@ -172,6 +174,12 @@ def _all_plain(values: Any) -> bool:
 def _reentered(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A function in Python that calls factories: torch runs it with the mode off, this does not."""
     if redispatch is None:
+        if func in DRAWING_INSIDE or in_transform():
+            raise UnsupportedError(
+                f"{name_of(func)} may draw random numbers, which this version of torch does "
+                "not let localtensor_compile do once per rank. Use torch 2.13 or newer, or call it "
+                "inside rank_map or tensor_map."
+            )
         return func(*args, **kwargs)
     with mode:
         return redispatch(func, (), args, kwargs)

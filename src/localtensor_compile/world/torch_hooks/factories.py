@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils._device import DeviceContext
 
+from ..._torch import VERSION
 from ...errors import UnsupportedError
 from ..state import enabled_local_tensor_mode
 
@@ -167,11 +168,14 @@ def replacements() -> Iterator[tuple[Any, str, Any]]:
     import torch._inductor.config
 
     from .. import factories, per_rank_code
+    from ..factory_builders import BUILDERS
     from ..loading import load_per_rank
 
     yield torch, "load", load_per_rank(torch.load)
     known = dynamo_torch.get_overridable_functions
     shown = known() | PYTHON_FACTORIES | _NN_FUNCTIONS
+    if VERSION < (2, 13):  # which shows only some factories
+        shown |= set(BUILDERS)
 
     @functools.wraps(known, updated=())
     def get_overridable_functions() -> Any:
