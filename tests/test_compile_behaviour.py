@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 
 import pytest
 import torch
@@ -300,3 +301,12 @@ def test_the_exception_of_the_user():
     with LocalTensorMode(2), pytest.raises(ValueError, match="mine"):
         torch.compile(program, backend="aot_eager")(tensors(2, 3))
     assert lt.local_tensor_mode() is None
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_math_of_sizes(dynamic):
+    compiled, _ = counted(lambda x: x / math.sqrt(x.shape[0]), dynamic=dynamic)
+    x = tensors(2, 3, rows=(4, 9))
+    out = compiled(x)
+    for rank, shard in out._local_tensors.items():
+        assert torch.equal(shard, x._local_tensors[rank] / math.sqrt(shard.shape[0]))

@@ -348,13 +348,6 @@ def test_errors(call, message, x):
 
 
 # ---------------------------------------------------------------- optimizers
-reads_grad = pytest.mark.xfail(
-    "__getattr__" in LocalTensor.__dict__,
-    reason="Dynamo does not read .grad of a tensor class that defines __getattr__",
-    strict=True,
-)
-
-
 def compiled_steps(make, parameter, gradients):
     def make_compiled(parameters):
         optimizer = make(parameters)
@@ -365,13 +358,7 @@ def compiled_steps(make, parameter, gradients):
     return steps(make_compiled, parameter, gradients)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(pytest.param(name, marks=reads_grad) for name in ("sgd", "adam", "adamw_foreach")),
-        "adam_fused",
-    ],
-)
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw_foreach", "adam_fused"])
 def test_optimizers(name):
     make = OPTIMIZERS[name]
     with LocalTensorMode(WORLD) as mode:

@@ -194,6 +194,11 @@ def group_ranks() -> dict[Any, dict[int, int]]:
     return {g: r for g, r in _world.pg_group_ranks.items() if g != GroupMember.NON_GROUP_MEMBER}
 
 
+def sym_math(name: str) -> Any:
+    """math.<name> that takes SymInts and SymFloats too."""
+    return getattr(torch, f"_sym_{name}")
+
+
 # ---- random ops in traced graphs (dispatch/random_nodes.py)
 def trace_identity() -> Any:
     """An object that lives as long as the compilation in progress, or None where nothing records.

@@ -10,7 +10,7 @@ import torch
 from torch import SymFloat
 
 from ..errors import RankDivergence
-from .rank_node import MAKERS, LocalNode, binary, one_value_text, unary
+from .rank_node import MAKERS, LocalNode, add_math, binary, one_value_text, unary
 
 
 class LocalFloatNode(LocalNode):
@@ -58,6 +58,7 @@ class LocalFloatNode(LocalNode):
         return self
 
 
+add_math(LocalFloatNode)
 MAKERS["float"] = LocalFloatNode
 
 

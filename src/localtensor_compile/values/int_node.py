@@ -17,6 +17,7 @@ from .bool_node import LocalBoolNode
 from .rank_node import (
     MAKERS,
     LocalNode,
+    add_math,
     binary,
     one_value_text,
     symbol_of,
@@ -194,6 +195,7 @@ class LocalIntNode(LocalNode):
         return result
 
 
+add_math(LocalIntNode)
 MAKERS["int"] = LocalIntNode._make
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import sympy
 from torch import SymBool, SymFloat, SymInt
 
-from .._torch import proxy_mode
+from .._torch import proxy_mode, sym_math
 from ..errors import RankDivergence, per_rank_text
 
 _SYM_TYPES = (SymInt, SymBool, SymFloat)
@@ -277,3 +277,21 @@ def one_value_text(kind: str, values: Mapping[int, Any]) -> str:
         "it), or run the code once per rank with rank_map, tensor_map or "
         "@maybe_run_for_local_tensor."
     )
+
+
+def add_math(cls: type) -> None:
+    """Give a class of nodes what Dynamo makes of math.sqrt and its siblings."""
+    for name in (
+        "acos",
+        "asin",
+        "atan",
+        "cos",
+        "cosh",
+        "log2",
+        "sin",
+        "sinh",
+        "sqrt",
+        "tan",
+        "tanh",
+    ):
+        setattr(cls, f"sym_{name}", unary("float", sym_math(name)))
