@@ -8,11 +8,12 @@ import torch
 from tests.programs import PROGRAMS
 from tests.programs.harness import Program, Run, compare, run_local, run_plain
 
-# What plain torch warns of too: programs that break the graph or write in place, and a condition
-# on a size that all ranks share.
+# What plain torch warns of too: programs that break the graph or write in place, a condition on a
+# size that all ranks share, and Inductor's lowering of diagonal().
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:Pred is a Python constant"),
+    pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning"),
 ]
 
 NAMES = list(PROGRAMS)
@@ -65,18 +66,23 @@ def test_aot_eager(name):
     require_compiled(program, run)
 
 
+# Where Inductor alone, on plain tensors of one rank, computes other values than eager or refuses.
+INDUCTOR_DIFFERS = {"autocast", "inplace_foreach", "swaps_two_inputs"}
+INDUCTOR_REFUSES = {"conv2d_uneven_batch"}
+# Where it returns a view of an input, for `x + 0`.
+INDUCTOR_SHARES = {"rank_map", "factory_zeros"}
+
+
 @pytest.mark.parametrize("name", sample(12))
 def test_inductor(name):
     """Close to plain eager. What Inductor gets wrong or refuses for one rank, it does for all."""
     program = PROGRAMS[name]
-    try:
-        run = run_local(program, "inductor", inside=True)
-    except Exception as error:
-        with pytest.raises(type(error)):
-            plain(name, "inductor")
+    if name in INDUCTOR_REFUSES:
+        for run in (lambda: plain(name, "inductor"), lambda: run_local(program, "inductor")):
+            with pytest.raises(AssertionError, match="expected size 3==3, stride"):
+                run()
         return
-    try:
-        compare(program, run, plain(name), exact=False, sharing=False)
-    except AssertionError:
-        compare(program, run, plain(name, "inductor"), exact=False, sharing=False)
+    run = run_local(program, "inductor", inside=True)
+    expected = plain(name, "inductor" if name in INDUCTOR_DIFFERS else None)
+    compare(program, run, expected, exact=False, sharing=name not in INDUCTOR_SHARES)
     require_compiled(program, run)
