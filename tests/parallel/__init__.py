@@ -1,0 +1,1 @@
+"""Programs of every parallel style, for simulated and real ranks alike. See harness.py."""
