@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch._dynamo.trace_rules as trace_rules
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 import torch.distributed.c10d_logger as c10d_logger
 import torch.distributed.device_mesh as device_mesh
 import torch.distributed.distributed_c10d as c10d
@@ -49,6 +50,7 @@ def replacements() -> Iterator[Replacement]:
     yield from _roots()
     yield from _plain_collectives()
     yield from _splits()
+    yield from _permutations()
 
 
 def _when_enabled(original: Any, replacement: Callable[..., Any]) -> Any:
@@ -369,8 +371,6 @@ def _splits() -> Iterator[Replacement]:
         sizes = [*(output_split_sizes or ()), *(input_split_sizes or ())]
         if not any(is_ranked(s) or isinstance(s, LocalTensor) for s in sizes):
             return original(output, input, output_split_sizes, input_split_sizes, group, async_op)
-        import torch.distributed._functional_collectives as funcol
-
         group = dist.group.WORLD if group is None else group
         with torch.no_grad():
             result = funcol.all_to_all_single(input, output_split_sizes, input_split_sizes, group)
@@ -384,3 +384,32 @@ def _splits() -> Iterator[Replacement]:
     wrapped = _when_enabled(c10d.all_to_all_single, all_to_all_single)
     yield c10d, "all_to_all_single", wrapped
     yield dist, "all_to_all_single", wrapped
+
+
+# ---------------------------------------------------------------- permutations
+def _permutations() -> Iterator[Replacement]:
+    """funcol.permute_tensor branches on the rank to fill its splits: fill them per rank."""
+    original = funcol.permute_tensor
+
+    @functools.wraps(original)
+    def permute_tensor(self: Any, src_dst: list[int], group: Any, tag: str = "") -> Any:
+        if _simulated_ranks() is None:
+            return original(self, src_dst, group, tag)
+        ranks, given, taken = _permutation(tuple(src_dst), group, tag)
+        rows = self.numel()
+        output_splits = [rank_constant(ranks, flags) * rows for flags in taken]
+        input_splits = [rank_constant(ranks, flags) * rows for flags in given]
+        return funcol.all_to_all_single(self, output_splits, input_splits, group, tag)
+
+    yield funcol, "permute_tensor", permute_tensor
+
+
+@torch._dynamo.assume_constant_result
+def _permutation(src_dst: tuple[int, ...], group: Any, tag: str) -> Any:
+    """The mode's ranks; for each member of a group who gives to it, and who takes from it (0/1)."""
+    expanded, members, size = funcol._expand_group(group, tag)
+    group = c10d._find_or_create_pg_by_ranks_and_tag(expanded, members, size)
+    ranks, own = _group_ranks(group)
+    given = [tuple(int(r >= 0 and src_dst[r] == member) for r in own) for member in range(size)]
+    taken = [tuple(int(src_dst[member] == r) for r in own) for member in range(size)]
+    return ranks, given, taken
