@@ -281,3 +281,18 @@ def vmap_randomness() -> str | None:
         if interpreter.key() == TransformType.Vmap:
             return CVmapInterpreterPtr(interpreter).randomness().name.lower()
     return None
+
+
+def bind_unbacked(values: Any) -> None:
+    """Tell the trace that data-dependent numbers among `values` need no place in the output.
+
+    torch looks for every new symbol in what an op returns. A per-rank number holds one per rank,
+    where torch cannot look; the graph of the shards binds each of them.
+    """
+    for value in values:
+        node = getattr(value, "node", None)
+        env = getattr(node, "shape_env", None)
+        if env is not None:
+            env.ignorable_fresh_unbacked_symbols.extend(
+                s for s in node.expr.free_symbols if s in env.pending_fresh_unbacked_symbols
+            )

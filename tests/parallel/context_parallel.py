@@ -121,30 +121,3 @@ def rank_in_ring(world: Any) -> dict[str, Any]:
         found[f"step {step}"] = value
         value = RingShift.apply(value, mesh.get_group(), size)
     return found
-
-
-def torch_flex_context_parallel(world: Any) -> dict[str, Any]:
-    """torch's context parallel flex attention: keys and values are gathered."""
-    mesh = world.mesh(names="cp")
-    length = 128 * world.size
-
-    def causal(b: Any, h: Any, q: Any, kv: Any) -> Any:
-        return q >= kv
-
-    from torch.distributed.tensor.experimental._context_parallel import _attention as cp
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    class Flex(nn.Module):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> Tensor:
-            return flex_attention(q, k, v, block_mask=block_mask)
-
-    mask = create_block_mask(causal, 1, 1, length, length, device="cpu")
-    module = Flex()
-    style = cp._ContextParallel(2, cp._ContextParallel.AttentionType.FLEX)
-    from torch.distributed.tensor.parallel import parallelize_module
-
-    parallelize_module(module, mesh, style)
-    tensors = [draw(1, HEADS, length, 16, seed=i) for i in range(3)]
-    q, k, v, mask = cp._context_parallel_shard(mesh, (*tensors, mask), (2, 2, 2, 2))
-    out = module(q, k, v, mask)
-    return {"out": out}

@@ -14,7 +14,7 @@ import torch
 from torch import SymBool, SymFloat, SymInt, Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from .._torch import AsyncCollectiveTensor
+from .._torch import AsyncCollectiveTensor, bind_unbacked
 from ..errors import PlainTensorError, ShardError, UnsupportedError, per_rank_text
 from ..values.broadcast import dims_to_sum
 from ..values.float_node import LocalFloatNode
@@ -299,6 +299,8 @@ def _dim(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _item(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Integers may stay a number per rank; a float or bool must be one Python value."""
     result = combine({r: func(t) for r, t in args[0]._local_tensors.items()}, "item()")
+    if is_ranked(result):
+        bind_unbacked(result.node._values.values())
     if isinstance(result, SymFloat) and isinstance(result.node, LocalFloatNode):
         return result.node.guard_float("", 0)
     return result

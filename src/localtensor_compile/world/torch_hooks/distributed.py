@@ -1,8 +1,4 @@
-"""torch.distributed per rank: ranks, groups and their families, meshes, object collectives.
-
-Collectives on LocalTensors need no replacement: they reach the op table through
-`LocalTensor.__torch_dispatch__`. What is replaced here is Python that knows one rank only.
-"""
+"""torch.distributed per rank: ranks, groups and their families, meshes, object collectives."""
 
 from __future__ import annotations
 
@@ -16,17 +12,14 @@ from typing import Any
 import torch
 import torch._dynamo.trace_rules as trace_rules
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 import torch.distributed.c10d_logger as c10d_logger
 import torch.distributed.device_mesh as device_mesh
 import torch.distributed.distributed_c10d as c10d
 
-from ...collectives import objects, plain
+from ...collectives import objects
 from ...collectives.groups import register_family
 from ...compile.dynamo_support import rank_constant
 from ...values.int_node import make_int
-from ...values.rank_node import is_ranked
-from ...values.tensor import LocalTensor
 from .. import torch_hooks
 from ..mesh import MeshMethods, per_rank_int, plain_mesh_args
 from ..state import enabled_local_tensor_mode
@@ -47,13 +40,9 @@ def replacements() -> Iterator[Replacement]:
     yield from _ranks()
     yield from _groups()
     yield from _objects()
-    yield from _roots()
-    yield from _plain_collectives()
-    yield from _splits()
-    yield from _permutations()
 
 
-def _when_enabled(original: Any, replacement: Callable[..., Any]) -> Any:
+def when_enabled(original: Any, replacement: Callable[..., Any]) -> Any:
     """`replacement(original, mode, *args)` while the thread's mode is enabled, else `original`."""
 
     @functools.wraps(original)
@@ -87,14 +76,14 @@ def _mesh() -> Iterator[Replacement]:
         def replacement(original: Any, mode: Any, *args: Any, _ours: Any = ours, **kw: Any) -> Any:
             return _ours(*args, **kw)
 
-        yield mesh_class, name, _when_enabled(original, replacement)
+        yield mesh_class, name, when_enabled(original, replacement)
 
     def init(original: Any, mode: Any, *args: Any, **kwargs: Any) -> None:
         args, kwargs = plain_mesh_args(args, kwargs)
         with mode.disable():
             original(*args, **kwargs)
 
-    yield mesh_class, "__init__", _when_enabled(mesh_class.__init__, init)
+    yield mesh_class, "__init__", when_enabled(mesh_class.__init__, init)
 
     one_group = mesh_class.__dict__.get("_init_one_process_group")
     if one_group is not None:
@@ -123,7 +112,18 @@ def _recording(original: Any) -> Any:
 
 
 # ---------------------------------------------------------------- ranks
-# Parts of torch that ask for the rank of the *process*: to name log files, to build groups.
+# Parts of torch that ask for the rank of the *process*: to name log files, to build groups. Others
+# (torch.distributed.nn, DTensor's experiments) compute with it and get the rank of each rank.
+_ASKS_FOR_PROCESS = (
+    "torch._",
+    "torch.distributed.c10d_logger",
+    "torch.distributed.checkpoint",
+    "torch.distributed.device_mesh",
+    "torch.distributed.distributed_c10d",
+    "torch.distributed.elastic",
+    "torch.distributed.logging_handlers",
+    "torch.distributed.tensor.debug",
+)
 _TRANSPARENT_MODULES = (
     "localtensor_compile",
     "contextlib",
@@ -136,7 +136,7 @@ _ASKS_FOR_USER = "torch._dynamo.variables.script_object"
 
 
 def _asked_by_torch(transparent: Collection[Any] = ()) -> bool:
-    """Whether a function of torch itself, not user code, called the function that calls this."""
+    """Whether a part of torch that means its process called the function that calls this."""
     frame = sys._getframe(2)
     while frame is not None and (
         frame.f_code in transparent
@@ -145,7 +145,7 @@ def _asked_by_torch(transparent: Collection[Any] = ()) -> bool:
     ):
         frame = frame.f_back  # type: ignore[assignment]
     name = frame.f_globals.get("__name__", "") if frame is not None else ""
-    return name.startswith("torch.") and name != _ASKS_FOR_USER
+    return name.startswith(_ASKS_FOR_PROCESS) and name != _ASKS_FOR_USER
 
 
 def _ranks() -> Iterator[Replacement]:
@@ -153,14 +153,16 @@ def _ranks() -> Iterator[Replacement]:
 
     @functools.wraps(original)
     def get_rank(group: Any = None) -> Any:
-        if _simulated_ranks() is None:
+        if simulated_ranks() is None:
             return original(group)
+        if _pretended:
+            return _pretended[-1]
         # In a traced frame the caller is traced code; a stack walk would see Dynamo instead.
         if not torch.compiler.is_dynamo_compiling() and _asked_by_torch():
             return original(group)
         if group is None:
-            return rank_constant(_simulated_ranks(), _simulated_ranks())
-        return rank_constant(*_group_ranks(group))
+            return rank_constant(simulated_ranks(), simulated_ranks())
+        return rank_constant(*group_ranks(group))
 
     # Dynamo takes whatever distributed_c10d calls get_rank for a constant of the process, so the
     # name that users call must be another function object, which it then traces.
@@ -184,7 +186,7 @@ def _ranks() -> Iterator[Replacement]:
             return _pretended[-1] if _pretended else own_rank(self)
         if _asked_by_torch(transparent):
             return own_rank(self)
-        ranks, values = _group_ranks(self)
+        ranks, values = group_ranks(self)
         return per_rank_int(dict(zip(ranks, values)))
 
     yield dist.ProcessGroup, "rank", rank
@@ -200,7 +202,7 @@ def _ranks() -> Iterator[Replacement]:
     @functools.wraps(call_method)
     def traced_call(self: Any, tx: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         if name == "rank" and enabled_local_tensor_mode() is not None:
-            ranks, values = _group_ranks(self.as_python_constant())
+            ranks, values = group_ranks(self.as_python_constant())
             return SourcelessBuilder.create(tx, make_int(dict(zip(ranks, values))))
         return call_method(self, tx, name, *args, **kwargs)
 
@@ -212,7 +214,7 @@ _pretended: list[int] = []
 
 
 @contextlib.contextmanager
-def _pretend_rank(rank: int) -> Iterator[None]:
+def pretend_rank(rank: int) -> Iterator[None]:
     _pretended.append(rank)
     try:
         yield
@@ -221,13 +223,13 @@ def _pretend_rank(rank: int) -> Iterator[None]:
 
 
 @torch._dynamo.assume_constant_result
-def _simulated_ranks() -> Any:
+def simulated_ranks() -> Any:
     mode = enabled_local_tensor_mode()
     return None if mode is None else mode._sorted_ranks
 
 
 @torch._dynamo.assume_constant_result
-def _group_ranks(group: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def group_ranks(group: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The mode's ranks and the rank of each in its group; -1 outside, as dist.get_rank says."""
     from ...collectives.groups import groups_of
 
@@ -251,7 +253,7 @@ def _groups() -> Iterator[Replacement]:
             _recorders[-1].append(sorted(ranks))
             return original(ranks, *args, **kwargs)
         # The simulated process holds every rank: a group without rank 0 exists as well.
-        with _pretend_rank(min(ranks)) if ranks else contextlib.nullcontext():
+        with pretend_rank(min(ranks)) if ranks else contextlib.nullcontext():
             return original(ranks, *args, **kwargs)
 
     yield c10d, "new_group", new_group
@@ -269,7 +271,7 @@ def _groups() -> Iterator[Replacement]:
             register_family(own.group_name, made)
         return own, groups
 
-    by_enumeration = _when_enabled(c10d.new_subgroups_by_enumeration, subgroups)
+    by_enumeration = when_enabled(c10d.new_subgroups_by_enumeration, subgroups)
     yield c10d, "new_subgroups_by_enumeration", by_enumeration
     yield dist, "new_subgroups_by_enumeration", by_enumeration
     # new_subgroups calls the function above through its module.
@@ -288,128 +290,6 @@ def _objects() -> Iterator[Replacement]:
         def replacement(original: Any, mode: Any, *args: Any, _ours: Any = ours, **kw: Any) -> Any:
             return _ours(mode._sorted_ranks, *args, **kw)
 
-        wrapped = _when_enabled(getattr(c10d, name), replacement)
+        wrapped = when_enabled(getattr(c10d, name), replacement)
         yield c10d, name, wrapped
         yield dist, name, wrapped
-
-
-# ---------------------------------------------------------------- rooted collectives
-def _roots() -> Iterator[Replacement]:
-    """dist.scatter and dist.gather refuse a list on any rank but the root: act as the root."""
-    for name, root_name, group_root_name in (
-        ("scatter", "src", "group_src"),
-        ("gather", "dst", "group_dst"),
-    ):
-        original = getattr(c10d, name)
-        signature = inspect.signature(original)
-
-        def replacement(
-            original: Any,
-            mode: Any,
-            *args: Any,
-            _signature: inspect.Signature = signature,
-            _root: str = root_name,
-            _group_root: str = group_root_name,
-            **kwargs: Any,
-        ) -> Any:
-            given = _signature.bind(*args, **kwargs).arguments
-            group_root = given.get(_group_root)
-            if group_root is None:
-                group = given.get("group") or dist.group.WORLD
-                root = given.get(_root)
-                if isinstance(root, int):
-                    group_root = dist.get_group_rank(group, root)
-                else:
-                    group_root = 0
-            with _pretend_rank(group_root):
-                return original(*args, **kwargs)
-
-        wrapped = _when_enabled(original, replacement)
-        yield c10d, name, wrapped
-        yield dist, name, wrapped
-
-
-# ---------------------------------------------------------------- plain tensors
-def _plain_collectives() -> Iterator[Replacement]:
-    """The simulated group moves no data: a collective on plain tensors is done or refused here."""
-    group_class = dist.ProcessGroup
-    for name in plain.METHODS:
-        original = getattr(group_class, name, None)
-        if original is None:  # not in every supported version
-            continue
-
-        def method(
-            self: Any, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any
-        ) -> Any:
-            if enabled_local_tensor_mode() is None or not _is_simulated(self):
-                return _original(self, *args, **kwargs)
-            if plain.has_local_tensor(args, kwargs):
-                return _original(self, *args, **kwargs)
-            return plain.collective(_name, self, args, kwargs)
-
-        yield group_class, name, functools.wraps(original)(method)
-
-
-def _is_simulated(group: Any) -> bool:
-    return "fake" in str(group.name()) or "fake" in str(c10d._world.pg_backend_config.get(group))
-
-
-# ---------------------------------------------------------------- splits
-def _splits() -> Iterator[Replacement]:
-    """pybind wants plain ints as splits: per-rank splits take the functional way."""
-
-    def all_to_all_single(
-        original: Any,
-        mode: Any,
-        output: Any,
-        input: Any,
-        output_split_sizes: Any = None,
-        input_split_sizes: Any = None,
-        group: Any = None,
-        async_op: bool = False,
-    ) -> Any:
-        sizes = [*(output_split_sizes or ()), *(input_split_sizes or ())]
-        if not any(is_ranked(s) or isinstance(s, LocalTensor) for s in sizes):
-            return original(output, input, output_split_sizes, input_split_sizes, group, async_op)
-        group = dist.group.WORLD if group is None else group
-        with torch.no_grad():
-            result = funcol.all_to_all_single(input, output_split_sizes, input_split_sizes, group)
-            output.copy_(funcol.wait_tensor(result))
-        if not async_op:
-            return None
-        from ..._torch import finished_work
-
-        return finished_work([output])
-
-    wrapped = _when_enabled(c10d.all_to_all_single, all_to_all_single)
-    yield c10d, "all_to_all_single", wrapped
-    yield dist, "all_to_all_single", wrapped
-
-
-# ---------------------------------------------------------------- permutations
-def _permutations() -> Iterator[Replacement]:
-    """funcol.permute_tensor branches on the rank to fill its splits: fill them per rank."""
-    original = funcol.permute_tensor
-
-    @functools.wraps(original)
-    def permute_tensor(self: Any, src_dst: list[int], group: Any, tag: str = "") -> Any:
-        if _simulated_ranks() is None:
-            return original(self, src_dst, group, tag)
-        ranks, given, taken = _permutation(tuple(src_dst), group, tag)
-        rows = self.numel()
-        output_splits = [rank_constant(ranks, flags) * rows for flags in taken]
-        input_splits = [rank_constant(ranks, flags) * rows for flags in given]
-        return funcol.all_to_all_single(self, output_splits, input_splits, group, tag)
-
-    yield funcol, "permute_tensor", permute_tensor
-
-
-@torch._dynamo.assume_constant_result
-def _permutation(src_dst: tuple[int, ...], group: Any, tag: str) -> Any:
-    """The mode's ranks; for each member of a group who gives to it, and who takes from it (0/1)."""
-    expanded, members, size = funcol._expand_group(group, tag)
-    group = c10d._find_or_create_pg_by_ranks_and_tag(expanded, members, size)
-    ranks, own = _group_ranks(group)
-    given = [tuple(int(r >= 0 and src_dst[r] == member) for r in own) for member in range(size)]
-    taken = [tuple(int(src_dst[member] == r) for r in own) for member in range(size)]
-    return ranks, given, taken
