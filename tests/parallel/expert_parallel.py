@@ -54,9 +54,45 @@ class Experts(nn.Module):
         return out * score.unsqueeze(1)
 
 
-def mixture_of_experts(world: Any, local_experts: int = 2, tokens: int = 8) -> dict[str, Any]:
+def mixture_of_experts(
+    world: Any, local_experts: int = 2, tokens: int = 8, uneven: bool = False, skewed: bool = False
+) -> dict[str, Any]:
+    """Two batches through one compiled model: the second is routed in another way.
+
+    `uneven`: rank r has tokens + r tokens. `skewed`: all tokens want expert 0, others get none.
+    """
     model = Experts(world, local_experts)
-    x = world.rank_map(lambda r: draw(tokens, DIM, seed=r)).requires_grad_()
-    out = world.compile(model, fullgraph=True)(x)
-    out.square().sum().backward()
-    return {"out": out, "grad x": x.grad, **gradients(model)}
+    if skewed:
+        with torch.no_grad():
+            model.router[:, 0] = 0
+            model.router[:, 1:] = -1
+    step = world.compile(model)
+    results: dict[str, Any] = {}
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        for batch in range(2):
+            x = world.rank_map(
+                lambda r: draw(tokens + r * uneven, DIM, seed=10 * batch + r).abs()
+            ).requires_grad_()
+            model.zero_grad()
+            out = step(x)
+            out.square().sum().backward()
+            results |= {f"out {batch}": out, f"grad x {batch}": x.grad}
+            results |= gradients(model, f"grad {batch}")
+    return results
+
+
+class BadSplits(nn.Module):
+    """Every rank expects what it sends, which differs from what the others send it."""
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        splits = counts.tolist()
+        out = funcol.all_to_all_single(x, splits, splits, dist.group.WORLD)
+        return funcol.wait_tensor(out)
+
+
+def splits_that_disagree(world: Any) -> dict[str, Any]:
+    x = draw(world.size, 3)
+    ranks = range(world.size)
+    counts = world.rank_map(lambda r: torch.tensor([world.size * (i == 0) for i in ranks]))
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        return {"out": world.compile(BadSplits())(x, counts)}

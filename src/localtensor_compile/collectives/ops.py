@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import CollectiveError
 from .reduction import reduce_shards, reduce_to_root
 
 
@@ -210,29 +211,68 @@ def broadcast(shards: Shards, root: int, groups: Sequence[int], group_size: int)
     return _fill(out, shards)
 
 
+def require_agreement(sent: Any, received: Any, what: str, sender: str, receiver: str) -> None:
+    """Numbers of rows. Of numbers that depend on data a trace keeps a check for later.
+
+    Raises:
+        CollectiveError: `sender` sends another number of rows than `receiver` expects.
+    """
+    known = isinstance(sent, int) and isinstance(received, int)
+    if sent is received or (known and sent == received):
+        return
+
+    def message() -> str:
+        return (
+            f"{what}: {sender} sends {sent} rows to {receiver}, but {receiver} expects {received} "
+            "rows from it. On real processes this hangs or corrupts data: exchange the splits "
+            "first, e.g. with an all_to_all_single of the split sizes."
+        )
+
+    if known:
+        raise CollectiveError(message())
+    torch._check(sent == received, message)
+
+
 def _fake_all_to_all(
-    shards: Shards, splits: Sequence[Any], groups: Sequence[int], group_size: int
+    shards: Shards,
+    sent: Sequence[Any],
+    received: Sequence[Any],
+    groups: Sequence[int],
+    group_size: int,
 ) -> list[Tensor]:
     out = [_like(t) for t in shards]
-    for group in chunks(groups, group_size):
-        for k, dst in enumerate(group):
-            rows = sum(splits[src * group_size + k] for src in group)
-            out[dst] = _with_rows(shards[dst], rows)
+    for i in groups:
+        rows = sum(received[i * group_size : (i + 1) * group_size])
+        out[i] = _with_rows(shards[i], rows)
     return out
 
 
 @_op(
-    "all_to_all_single(Tensor[] shards, SymInt[] splits, int[] groups, int group_size)",
+    "all_to_all_single(Tensor[] shards, SymInt[] sent, SymInt[] received, int[] groups, "
+    "int group_size)",
     _fake_all_to_all,
 )
 def all_to_all_single(
-    shards: Shards, splits: Sequence[Any], groups: Sequence[int], group_size: int
+    shards: Shards,
+    sent: Sequence[Any],
+    received: Sequence[Any],
+    groups: Sequence[int],
+    group_size: int,
 ) -> list[Tensor]:
-    """`splits[p*group_size + k]` rows of position p go to member k of its group."""
+    """Rows go from position p to member k of its group: `sent[p*group_size + k]` of them.
+
+    The other way round `received[p*group_size + k]` rows come to p from member k. Numbers that a
+    trace could not compare are compared here.
+    """
     out: list[Any] = [None] * len(shards)
     for group in chunks(groups, group_size):
+        for k, dst in enumerate(group):
+            for j, src in enumerate(group):
+                given, expected = sent[src * group_size + k], received[dst * group_size + j]
+                who = f"position {src}", f"position {dst}"
+                require_agreement(given, expected, "all_to_all_single", *who)
         parts = {
-            i: torch.split(shards[i], list(splits[i * group_size : (i + 1) * group_size]))
+            i: torch.split(shards[i], list(sent[i * group_size : (i + 1) * group_size]))
             for i in group
         }
         for k, dst in enumerate(group):
@@ -329,13 +369,9 @@ def _reduce_scatter_backward(ctx: Any, grads: Any) -> Any:
 
 
 def _all_to_all_backward(ctx: Any, grads: Any) -> Any:
-    splits, groups, size = ctx.options
-    back = list(splits)
-    for group in chunks(groups, size):
-        for k, dst in enumerate(group):
-            for j, src in enumerate(group):
-                back[dst * size + j] = splits[src * size + k]
-    return OPS.all_to_all_single(list(grads), back, groups, size), None, None, None
+    sent, received, groups, size = ctx.options
+    out = OPS.all_to_all_single(list(grads), received, sent, groups, size)
+    return out, None, None, None, None
 
 
 def _shard_dim_alltoall_backward(ctx: Any, grads: Any) -> Any:

@@ -81,8 +81,19 @@ class LocalBoolNode(LocalNode):
     def bool_(self) -> bool:
         return self.guard_bool("", 0)
 
+    def _flags_or(self, default: bool) -> dict[int, bool]:
+        """As `_flags`; `default` for what depends on data that a trace does not know."""
+        from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+
+        guard = guard_or_true if default else guard_or_false
+        return {r: guard(v) for r, v in self._values.items()}
+
     def expect_true(self, file: str, line: int) -> bool:
-        flags = self._flags()
+        # What depends on data becomes an assertion of the compiled code.
+        flags = {
+            r: v.node.expect_true(file, line) if isinstance(v, SymBool) else v
+            for r, v in self._values.items()
+        }
         if all(flags.values()):
             return True
         if not any(flags.values()):
@@ -95,10 +106,10 @@ class LocalBoolNode(LocalNode):
         )
 
     def guard_size_oblivious(self, file: str, line: int) -> bool:
-        return all(self._flags().values())
+        return all(self._flags_or(False).values())
 
     def guard_or_false(self, file: str, line: int) -> bool:
-        flags = self._flags()
+        flags = self._flags_or(False)
         if self.compared is None:
             return all(flags.values())
         left, right = self.compared
@@ -106,7 +117,7 @@ class LocalBoolNode(LocalNode):
         return broadcast.answer_equal(file, left._values, values, flags)
 
     def guard_or_true(self, file: str, line: int) -> bool:
-        return any(self._flags().values())
+        return any(self._flags_or(True).values())
 
     def statically_known_true(self, file: str, line: int) -> bool:
         from torch.fx.experimental.symbolic_shapes import statically_known_true
