@@ -6,6 +6,7 @@ nothing below knows whether its ranks are simulated or real. One file, three eng
     localtensor check docs/examples/tp_transformer.py --nproc-per-node 4    all engines, compared
     python docs/examples/tp_transformer.py                                  the same, 4 ranks
     torchrun --nproc-per-node 4 docs/examples/tp_transformer.py             real processes
+    localtensor matrix docs/examples/tp_transformer.py --dp 1,2 --tp 1,2,4  against one rank
 
 Two sizes do not divide by 4 on purpose, so ranks hold different amounts of work: the vocabulary
 (256 bytes and one begin-of-text symbol: 65, 65, 65 and 62 rows) and the width of the MLP
@@ -18,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -175,10 +177,24 @@ def batches(config: Config, device: torch.device) -> list[tuple[Tensor, Tensor]]
     return [(step[:, :-1], step[:, 1:]) for step in data]
 
 
+def average(value: Tensor, mesh: DeviceMesh) -> None:
+    """The mean over the ranks of `mesh`, in place; of a DTensor, of its shard."""
+    local = value.to_local() if isinstance(value, DTensor) else value
+    dist.all_reduce(local, group=mesh.get_group())
+    local.div_(mesh.size())
+
+
 def program(world: lt.World, config: Config = Config()) -> dict[str, Tensor]:
-    """Train, and return what every rank has to agree on between engines."""
+    """Train, and return what every rank has to agree on between engines.
+
+    Each of the "dp" groups of ranks takes its part of the batch, and gradients are averaged over
+    them; within a group the model is sharded. On one rank it is the plain model.
+    """
     model = Transformer(config).to(world.device)
-    parallelize(model, world.mesh(world.size, "tp"))
+    dp, tp = world.degree("dp"), world.degree("tp")
+    mesh = world.mesh((dp, tp), ("dp", "tp"))
+    if tp > 1:
+        parallelize(model, mesh["tp"])
     forward = world.compile(model)
     # Not Adam: dividing by the root of a tiny second moment turns a rounding difference between
     # engines, which is legitimate, into a difference of a whole step.
@@ -188,10 +204,20 @@ def program(world: lt.World, config: Config = Config()) -> dict[str, Tensor]:
     results: dict[str, Tensor] = {}
     for step, (tokens, targets) in enumerate(batches(config, world.device)):
         optimizer.zero_grad()
+        if dp > 1:
+            tokens, targets = (
+                distribute_tensor(t, mesh["dp"], [Shard(0)]).to_local() for t in (tokens, targets)
+            )
         loss, logits = forward(tokens, targets)
         loss.backward()
+        loss = loss.detach()
+        if dp > 1:
+            for value in (loss, *(p.grad for p in model.parameters())):
+                average(value, mesh["dp"])
         optimizer.step()
         results[f"loss.{step}"] = loss
+    if dp > 1:
+        logits = DTensor.from_local(logits, mesh["dp"], [Shard(0)])
     results["logits"] = logits
     for name, parameter in model.named_parameters():
         if name.startswith(("embedding", "blocks.0", "norm", "head")):

@@ -4,6 +4,8 @@ from typing import Any
 
 from . import _c10d as _c10d
 from . import dispatch as dispatch
+from .check.matrix import MatrixReport as MatrixReport
+from .check.matrix import matrix as matrix
 from .check.program import ProgramError as ProgramError
 from .check.program import World as World
 from .check.report import CheckFailed as CheckFailed

@@ -292,7 +292,7 @@ def bind_unbacked(values: Any) -> None:
     for value in values:
         node = getattr(value, "node", None)
         env = getattr(node, "shape_env", None)
-        if env is not None:
+        if node is not None and env is not None:
             env.ignorable_fresh_unbacked_symbols.extend(
                 s for s in node.expr.free_symbols if s in env.pending_fresh_unbacked_symbols
             )

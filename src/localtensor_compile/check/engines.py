@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,21 +49,35 @@ class EngineRun:
     graph_breaks: int | None = None
     error: str | None = None
     traceback: str = ""
+    asked: frozenset[str] = frozenset()
 
 
 def run_simulated(
-    program: Program, world_size: int, backend: str | None, seed: int, device: torch.device
+    program: Program,
+    world_size: int,
+    backend: str | None,
+    seed: int,
+    device: torch.device,
+    *,
+    degrees: Mapping[str, int] | None = None,
+    whole: bool = False,
 ) -> EngineRun:
-    """Run on simulated ranks in this process, compiled with `backend` unless it is None."""
+    """Run on simulated ranks in this process, compiled with `backend` unless it is None.
+
+    Args:
+        degrees: degrees of parallelism for the program's World.
+        whole: whether outputs that are DTensors are gathered.
+    """
 
     def run(result: EngineRun) -> None:
         torch.compiler.reset()
         counters = _compile_counters()
         counters.clear()
-        world = World(world_size, device, "eager" if backend == DYNAMO else backend)
+        world = World(world_size, device, "eager" if backend == DYNAMO else backend, degrees)
         with _one_thread(), _forked_rng(device), LocalTensorMode(world_size) as mode:
             torch.manual_seed(seed)
-            values = shards_of(program.function(world), sorted(mode.ranks))
+            values = shards_of(program.function(world), sorted(mode.ranks), whole)
+        result.asked = frozenset(world.asked)
         if backend is not None:
             result.graphs = counters["stats"]["unique_graphs"]
             result.graph_breaks = sum(counters["graph_break"].values())
@@ -75,13 +89,19 @@ def run_simulated(
 
 
 def run_real(
-    program: Program, world_size: int, seed: int, device: torch.device, timeout: float
+    program: Program,
+    world_size: int,
+    seed: int,
+    device: torch.device,
+    timeout: float,
+    *,
+    whole: bool = False,
 ) -> EngineRun:
-    """Run eager on real processes joined by gloo."""
+    """Run eager on real processes joined by gloo; with `whole` DTensors are gathered."""
 
     def run(result: EngineRun) -> None:
         found = shared_pool().run(
-            _on_real_rank, world_size, portable(program), seed, str(device), timeout=timeout
+            _on_real_rank, world_size, portable(program), seed, str(device), whole, timeout=timeout
         )
         for rank, outputs in found.items():
             for name, value in outputs.items():
@@ -93,17 +113,21 @@ def run_real(
 _programs = Programs()
 
 
-def _on_real_rank(program: PortableProgram, seed: int, device: str) -> dict[str, torch.Tensor]:
+def _on_real_rank(
+    program: PortableProgram, seed: int, device: str, whole: bool
+) -> dict[str, torch.Tensor]:
     """In a worker process: this rank's value of every output."""
     world = World(dist.get_world_size(), device)
-    return run_on_this_rank(program.load(_programs), world, seed)
+    return run_on_this_rank(program.load(_programs), world, seed, whole)
 
 
-def run_on_this_rank(function: ProgramFunction, world: World, seed: int) -> dict[str, torch.Tensor]:
+def run_on_this_rank(
+    function: ProgramFunction, world: World, seed: int, whole: bool = False
+) -> dict[str, torch.Tensor]:
     """In a process that is one rank of a process group: run, and return this rank's outputs."""
     torch.manual_seed(seed)
     rank = dist.get_rank()
-    values = shards_of(function(world), (rank,))
+    values = shards_of(function(world), (rank,), whole)
     return {name: shards[rank] for name, shards in to_plain(values).items()}
 
 

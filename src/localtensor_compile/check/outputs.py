@@ -21,10 +21,11 @@ from .program import ProgramError
 Outputs = dict[str, dict[int, Tensor]]
 
 
-def shards_of(result: Any, ranks: Iterable[int]) -> dict[str, dict[int, Any]]:
+def shards_of(result: Any, ranks: Iterable[int], whole: bool = False) -> dict[str, dict[int, Any]]:
     """Each rank's own value of every named result: tensors and numbers, not copied yet.
 
-    Of a DTensor that is the local shard. A plain tensor or number is the same on all `ranks`.
+    Of a DTensor that is the local shard, or with `whole` the full tensor. A plain tensor or number
+    is the same on all `ranks`.
 
     Raises:
         ProgramError: no dict, an empty dict, a key that is no str, or a value that is neither a
@@ -38,7 +39,9 @@ def shards_of(result: Any, ranks: Iterable[int]) -> dict[str, dict[int, Any]]:
     if not result:
         raise ProgramError("the program returned an empty dict: there is nothing to compare.")
     ranks = tuple(ranks)
-    return {_checked_name(name): _shards(name, value, ranks) for name, value in result.items()}
+    return {
+        _checked_name(name): _shards(name, value, ranks, whole) for name, value in result.items()
+    }
 
 
 def to_plain(values: Mapping[str, Mapping[int, Any]]) -> Outputs:
@@ -58,10 +61,10 @@ def _checked_name(name: Any) -> str:
     return name
 
 
-def _shards(name: str, value: Any, ranks: tuple[int, ...]) -> dict[int, Any]:
+def _shards(name: str, value: Any, ranks: tuple[int, ...], whole: bool) -> dict[int, Any]:
     with torch.no_grad():
         if isinstance(value, DTensor):
-            value = value.to_local()
+            value = value.full_tensor() if whole else value.to_local()
         if isinstance(value, AsyncCollectiveTensor):
             value = value.wait()
     if value is None:

@@ -31,6 +31,7 @@ from ._gloo_worker import decode, encode
 T = TypeVar("T")
 
 DEFAULT_FUNCTION = "program"
+DEGREES = ("dp", "tp", "pp")
 
 _STDLIB = f"{sysconfig.get_path('stdlib')}{os.sep}"
 _NOT_USERS = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}", "<")
@@ -47,20 +48,42 @@ class World:
         size: number of ranks.
         device: where the program should put its tensors.
         backend: the torch.compile backend of `compile`, None for eager.
+        degrees: degrees of parallelism that `degree` answers with; their product is the size.
 
     Attributes:
         size: number of ranks.
         device: a torch.device.
         compiled: how many times `compile` was called for a compiled run.
+        asked: the names that `degree` was asked for.
     """
 
     def __init__(
-        self, size: int, device: torch.device | str = "cpu", backend: str | None = None
+        self,
+        size: int,
+        device: torch.device | str = "cpu",
+        backend: str | None = None,
+        degrees: Mapping[str, int] | None = None,
     ) -> None:
         self.size = size
         self.device = torch.device(device)
         self.compiled = 0
+        self.asked: set[str] = set()
         self._backend = backend
+        self._degrees = {"tp": size} if degrees is None else dict(degrees)
+
+    def degree(self, name: str) -> int:
+        """How many ranks share the work in one way: "dp" (data), "tp" (tensor) or "pp" (pipeline).
+
+        `localtensor matrix` runs a program with several of them; elsewhere "tp" is the world size
+        and the others are 1. Their product is the world size.
+
+        Raises:
+            ProgramError: another name.
+        """
+        if name not in DEGREES:
+            raise ProgramError(f"degree({name!r}): the names are {', '.join(DEGREES)}.")
+        self.asked.add(name)
+        return self._degrees.get(name, 1)
 
     def mesh(
         self, shape: int | Sequence[int] | None = None, names: str | Sequence[str] | None = None

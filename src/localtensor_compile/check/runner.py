@@ -132,22 +132,31 @@ def _validate(
 ) -> None:
     if world_size < 1:
         raise ProgramError(f"world_size is {world_size}, but a program needs at least one rank.")
+    if oracle is None and not compiled:
+        raise ProgramError(
+            "nothing to compare: eager alone, without real processes. Add a backend or the oracle."
+        )
+    validate_engines(program, compiled, oracle)
+
+
+def validate_engines(program: Program, engines: Sequence[str], oracle: str | None) -> None:
+    """Raises:
+    ProgramError: an unknown engine or oracle, a program that real processes cannot import, or a
+        process group that exists already.
+    """
     known = [DYNAMO, *torch.compiler.list_backends(exclude_tags=())]
-    for name in compiled:
-        if name not in known:
+    for name in engines:
+        if name not in (EAGER, *known):
             raise ProgramError(
                 f"unknown backend {name!r}. Known: {', '.join([EAGER, *sorted(known)])}."
             )
     if oracle not in (GLOO, None):
         raise ProgramError(f"unknown oracle {oracle!r}: it is {GLOO!r} or None.")
-    if oracle is None and not compiled:
-        raise ProgramError(
-            "nothing to compare: eager alone, without real processes. Add a backend or the oracle."
-        )
     if dist.is_initialized():
         raise ProgramError(
-            "check() makes worlds of its own, but a process group already exists here. Call it "
-            "outside any LocalTensorMode; under torchrun call localtensor_compile.main(program)."
+            "check() and matrix() make worlds of their own, but a process group already exists "
+            "here. Call them outside any LocalTensorMode; under torchrun call "
+            "localtensor_compile.main(program)."
         )
     if oracle is not None:
         portable(program)

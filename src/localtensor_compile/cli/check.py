@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backend",
-        type=_names,
+        type=names,
         default=BACKENDS,
         metavar="NAMES",
         help="engines to compare, with commas: eager, dynamo, and backends of torch.compile "
@@ -112,8 +112,9 @@ def _positive_int(text: str) -> int:
     return number
 
 
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names:
+def names(text: str) -> tuple[str, ...]:
+    """The names in a list with commas."""
+    found = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not found:
         raise argparse.ArgumentTypeError("name at least one backend")
-    return names
+    return found

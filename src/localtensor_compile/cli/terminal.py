@@ -9,14 +9,14 @@ import contextlib
 import shutil
 import sys
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from ..check.report import EngineResult
 
 _STYLES = {
     r"\bbit-equal\b": "green",
     r"\bclose\b": "cyan",
-    r"\b(WRONG|missing|shape|dtype|error)\b": "bold red",
+    r"\b(WRONG|missing|shape|dtype|error|fails)\b": "bold red",
     r"^PASS\b": "bold green",
     r"^FAIL\b": "bold red",
     r"^[- ]+$": "dim",
@@ -51,15 +51,15 @@ def _console(file: TextIO) -> Any:
     return Console(file=file, highlight=False)
 
 
-class EngineProgress:
-    """Shows which engine runs and for how long: a spinner on a terminal, else a line per event."""
+class StepProgress:
+    """Shows what runs and for how long: a spinner on a terminal, else a line per event."""
 
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
         self._live: Any = None
         self._task: Any = None
 
-    def __enter__(self) -> EngineProgress:
+    def __enter__(self) -> Self:
         console = _console(sys.stderr)
         if console is not None and console.is_terminal:
             from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -83,19 +83,30 @@ class EngineProgress:
     ) -> None:
         self._stack.close()
 
-    def started(self, engine: str) -> None:
-        """An engine begins."""
+    def started(self, what: str) -> None:
+        """A step begins."""
         if self._live is not None:
-            self._task = self._live.add_task(f"{engine} ...")
+            self._task = self._live.add_task(f"{what} ...")
         else:
-            print(f"{engine} ...", file=sys.stderr, flush=True)
+            print(f"{what} ...", file=sys.stderr, flush=True)
 
-    def finished(self, result: EngineResult) -> None:
-        """An engine has ended."""
-        verb = "ran" if result.error is None else "failed"
-        text = f"{result.name} {verb} in {result.seconds:.1f} s"
+    def finished(self, what: str, result: str) -> None:
+        """A step has ended."""
+        self._show(f"{what}: {result}")
+
+    def _show(self, text: str) -> None:
         if self._live is not None:
             self._live.remove_task(self._task)
             self._live.console.print(text)
         else:
             print(text, file=sys.stderr, flush=True)
+
+
+class EngineProgress(StepProgress):
+    """The same for the engines of a check."""
+
+    def finished(self, result: EngineResult) -> None:  # type: ignore[override]
+        """An engine has ended."""
+        verb = "ran" if result.error is None else "failed"
+        text = f"{result.name} {verb} in {result.seconds:.1f} s"
+        self._show(text)

@@ -26,6 +26,7 @@ from . import (
     traced_numbers,
     traced_tensors,
     tracing_errors,
+    view_replay,
 )
 from .traced_numbers import rank_constant as rank_constant
 
@@ -45,6 +46,7 @@ def register() -> None:
         aot_support,
         tracing_errors,
         control_flow,
+        view_replay,
     ):
         for owner, name, value in module.replacements():
             _set(owner, name, value)
