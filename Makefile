@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+MODELS := $(VENV)/.models-installed
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-all lint bench gpu clean
@@ -20,7 +21,11 @@ demo: $(STAMP)  ## the main job: compile, train and check a tensor-parallel lang
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m 'not slow and not gpu'
 
-test-all: $(STAMP)
+$(MODELS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[models]'
+	touch $(MODELS)
+
+test-all: $(MODELS)  ## slow cases too, and models of the transformers package
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m 'not gpu'
 
 lint: $(STAMP)
