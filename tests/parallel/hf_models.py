@@ -90,7 +90,7 @@ def llama(world: Any) -> dict[str, Any]:
 
 # ---- GPT-2, whose linear layers are transformers' Conv1D: weight [in, out]
 class Conv1DColwise(ParallelStyle):
-    """Columns on ranks. With `heads` the output is this rank's part of q, k and v, else Shard(-1)."""
+    """Columns on ranks; with `heads` the output is this rank's part of q, k and v."""
 
     def __init__(self, heads: bool = False) -> None:
         super().__init__()
