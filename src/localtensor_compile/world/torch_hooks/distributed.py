@@ -131,6 +131,11 @@ _TRANSPARENT_MODULES = (
 _LOGGER_FILE = c10d_logger.__file__
 # Dynamo calling a ProcessGroup method for traced user code.
 _ASKS_FOR_USER = "torch._dynamo.variables.script_object"
+# Parts of torch that are programs over ranks: they get each rank's own number.
+_PROGRAMS = (
+    _ASKS_FOR_USER,
+    "torch.distributed.fsdp._fully_shard.",
+)
 
 
 def _asked_by_torch(transparent: Collection[Any] = ()) -> bool:
@@ -143,7 +148,7 @@ def _asked_by_torch(transparent: Collection[Any] = ()) -> bool:
     ):
         frame = frame.f_back  # type: ignore[assignment]
     name = frame.f_globals.get("__name__", "") if frame is not None else ""
-    return name.startswith("torch.") and name != _ASKS_FOR_USER
+    return name.startswith("torch.") and not name.startswith(_PROGRAMS)
 
 
 def _ranks() -> Iterator[Replacement]:
