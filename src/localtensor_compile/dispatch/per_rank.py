@@ -135,10 +135,21 @@ def run_per_rank(
     if plan.inplace:
         return args[0] if plan.writes[0][0] < len(args) else kwargs[plan.writes[0][1]]
     # combine() on all-None results (foreach in place) gives None, which has nothing to alias.
-    result = combine(results, plan.name)
+    if plan.views and torch.is_inference_mode_enabled() and not _is_inference(args, kwargs):
+        # A view of a normal tensor is a normal tensor: autograd gives it its base's version.
+        with torch.inference_mode(False):
+            result = combine(results, plan.name)
+    else:
+        result = combine(results, plan.name)
     if result is None:
         return None
     return return_and_correct_aliasing(plan.func, args, kwargs, result)
+
+
+def _is_inference(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the tensor that a view is of was made in inference mode."""
+    base = args[0] if args else next(iter(kwargs.values()))
+    return isinstance(base, Tensor) and base.is_inference()
 
 
 def _leaf_values(arg: Any) -> Mapping[int, Any] | None:

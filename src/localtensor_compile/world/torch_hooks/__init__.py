@@ -5,7 +5,7 @@ takes them out when the last one is left. Each replacement asks for the mode of 
 calls the original where there is none, so other threads see no change. On leaving, a name that
 somebody else replaced meanwhile is reported instead of being overwritten.
 
-Its modules each yield (owner, attribute, replacement).
+The modules of this folder each yield (owner, attribute, replacement).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ MISSING: Any = object()
 
 def all_replacements() -> Iterator[Replacement]:
     """Every (owner, attribute, replacement), built fresh from what torch has now."""
-    from . import autograd, collectives, distributed, dtensor, factories, random
+    from . import autograd, collectives, distributed, dtensor, factories, fsdp, random
 
     # factories.py wraps what random.py has replaced.
-    for module in (autograd, distributed, collectives, dtensor, random, factories):
+    for module in (autograd, distributed, collectives, dtensor, fsdp, random, factories):
         yield from module.replacements()
 
 
