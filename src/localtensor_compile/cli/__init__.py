@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import check
+from . import check, scoreboard
 
 # Each has add_parser(subparsers), which sets the default `run`: (arguments) -> exit code.
-COMMANDS = (check,)
+COMMANDS = (check, scoreboard)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

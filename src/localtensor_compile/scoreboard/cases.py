@@ -56,7 +56,9 @@ def cases_of(op: str, sizes: str, sample_count: int, limit: int) -> list[Case]:
     return found
 
 
-def run(cases: Sequence[Case], mesh: Any, backend: str | None, *, grad: bool = True) -> list[Outcome]:
+def run(
+    cases: Sequence[Case], mesh: Any, backend: str | None, *, grad: bool = True
+) -> list[Outcome]:
     """Run the cases one by one, or with `backend` all in one compiled function.
 
     Compiled, an error is raised: it is not known which case is at fault. Eager, it is in the

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,16 +15,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from ..check.gloo import GlooError, shared_pool
+from ..check.gloo import GlooError, GlooPool
 from ..values.ranked import per_rank_values
 from ..world.mode import LocalTensorMode
 from . import cases as running
+from . import ops
 from .cases import Case, Outcome
 
-# Seconds for one case on real ranks; compiling takes longest. Loading the op database comes extra.
-_PATIENCE = {None: 20.0, "aot_eager": 60.0, "inductor": 240.0}
+# Seconds for one case on real ranks, of which compiling takes most, and for the first start.
+_PATIENCE = {None: 8.0, "aot_eager": 60.0, "inductor": 240.0}
 _LOADING = 300.0
 _SEED = 1
+HANGS = "the ranks wait for each other: not all of them call the same collectives"
 
 
 @dataclass
@@ -58,12 +62,11 @@ def simulated(
 
 def real(cases: Sequence[Case], world_size: int, backend: str | None) -> list[Results]:
     """On real gloo ranks; what each rank raises, or that they wait for each other, is a result."""
-    pool = shared_pool()
-    pool.run(_load, world_size, timeout=_LOADING)
+    pool = _pool()
     patience = _PATIENCE.get(backend, _PATIENCE["inductor"])
     if backend is None and len(cases) > 1:
         with contextlib.suppress(GlooError):
-            limit = patience + len(cases)
+            limit = patience + 0.5 * len(cases)
             by_rank = pool.run(_on_real_rank, world_size, list(cases), None, timeout=limit)
             found = [{r: results[i] for r, results in by_rank.items()} for i in range(len(cases))]
             # A rank that raised alone has left the others in a collective, and what they
@@ -81,10 +84,12 @@ def real(cases: Sequence[Case], world_size: int, backend: str | None) -> list[Re
     return alone
 
 
-def _load() -> None:
-    from . import ops
-
-    ops.database()
+@functools.cache
+def _pool() -> GlooPool:
+    """Processes that know the op database before the first case."""
+    pool = GlooPool(start_timeout=_LOADING, preload=(ops.DATABASE,))
+    atexit.register(pool.close)
+    return pool
 
 
 def _on_real_rank(cases: list[Case], backend: str | None) -> list[Result]:
@@ -133,9 +138,7 @@ def _fresh_compiler() -> Iterator[Any]:
 def _per_rank(outcome: Outcome, ranks: Sequence[int]) -> Results:
     error = describe(outcome.error)
     return {
-        rank: Result(
-            _on_rank(outcome.forward, rank), _on_rank(outcome.backward, rank), error
-        )
+        rank: Result(_on_rank(outcome.forward, rank), _on_rank(outcome.backward, rank), error)
         for rank in ranks
     }
 
@@ -176,4 +179,4 @@ def _gloo_text(error: GlooError) -> str:
         return "; ".join(t[:240] for t in texts)
     if error.exited:
         return "a rank died"
-    return "the ranks wait for each other: not all of them call the same collectives"
+    return HANGS

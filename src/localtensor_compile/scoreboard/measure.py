@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,8 @@ class Plan:
     compiled: Mapping[str, int] = field(default_factory=lambda: {"aot_eager": 3, "inductor": 2})
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "backends": list(self.backends), "compiled": dict(self.compiled)}
+        sizes = [[name, *sorted(values.items())] for name, values in ops.SIZES.items()]
+        return json.loads(json.dumps({**asdict(self), "sizes": sizes}))
 
 
 @dataclass
@@ -121,25 +123,56 @@ def _expected(op: str, plan: Plan) -> tuple[list[_Measured], str]:
 def _eager(measured: Sequence[_Measured], world_size: int, steps: Steps) -> None:
     wrong: list[tuple[_Measured, Results]] = []
     for m in measured:
-        found = steps.run(
-            f"eager {label(m.case)}",
-            lambda m=m: engines.simulated([m.case], world_size, None)[0],
-            lambda text: {0: Result(error=text)},
-        )
+        found = _alone(m.case, f"eager {label(m.case)}", world_size, None, steps)
         m.verdicts["eager"] = judge(found, m.expected, m.random)
         if not m.right("eager"):
             wrong.append((m, found))
-    if not wrong:
-        return
-    cases = [m.case for m, _ in wrong]
-    on_ranks = steps.run(
-        "eager on real ranks",
+    # Ranks that wait for each other cost the whole patience: of the cases that fail with one
+    # text, the first runs on its own, and the others only if it came to an end.
+    first: dict[str, tuple[_Measured, Results]] = {}
+    others = []
+    for m, found in wrong:
+        text = _text(m.verdicts["eager"])
+        if text and text in first:
+            others.append((m, found))
+        else:
+            first[text or label(m.case)] = (m, found)
+    on_ranks = _on_real_ranks([m.case for m, _ in first.values()], world_size, "first", steps)
+    hung = {}
+    for (text, (m, found)), real in zip(first.items(), on_ranks):
+        fault, evidence = attribution.eager_fault(found, real, m.expected, m.random)
+        _blame(m.verdicts["eager"], fault, evidence)
+        if real[0].error == engines.HANGS:
+            hung[text] = fault, evidence
+    rest = []
+    for m, found in others:
+        text = _text(m.verdicts["eager"])
+        if text in hung:
+            _blame(m.verdicts["eager"], *hung[text])
+        else:
+            rest.append((m, found))
+    on_ranks = _on_real_ranks([m.case for m, _ in rest], world_size, "rest", steps)
+    for (m, found), real in zip(rest, on_ranks):
+        fault, evidence = attribution.eager_fault(found, real, m.expected, m.random)
+        _blame(m.verdicts["eager"], fault, evidence)
+
+
+def _on_real_ranks(
+    cases: Sequence[Case], world_size: int, which: str, steps: Steps
+) -> list[Results]:
+    if not cases:
+        return []
+    return steps.run(
+        f"eager on real ranks, {which}",
         lambda: engines.real(cases, world_size, None),
         lambda text: [{0: Result(error=text)} for _ in cases],
     )
-    for (m, found), real in zip(wrong, on_ranks):
-        fault, evidence = attribution.eager_fault(found, real, m.expected, m.random)
-        _blame(m.verdicts["eager"], fault, evidence)
+
+
+def _text(verdicts: tuple[Verdict, Verdict]) -> str:
+    """How a case fails, without the numbers in it; empty for a wrong value."""
+    texts = (re.sub(r"\d+", "N", v.reason or "") for v in verdicts if v.kind == FAILS)
+    return " ".join(texts)
 
 
 def _compiled(
@@ -171,19 +204,14 @@ def _compiled(
             if on_its_own.right:
                 verdicts = m.verdicts[backend] = on_its_own, verdicts[0]
         # One cause makes many cases of an op fail with one text: the first is run without us.
-        texts = [re.sub(r"\d+", "N", v.reason or "") for v in verdicts if v.kind == FAILS]
-        key = " ".join(texts)
+        key = _text(verdicts)
         if not key or key not in blamed:
-            blamed[key] = steps.run(
-                f"{name} without us",
-                lambda m=m, found=found: _without_us(m, found, world_size, backend),
-                lambda text: (attribution.COMPILER, f"without us: {text}"),
-            )
+            blamed[key] = _without_us(m, found, name, world_size, backend, steps)
         _blame(verdicts, *blamed[key])
 
 
 def _alone(
-    case: Case, name: str, world_size: int, backend: str, steps: Steps, grad: bool = True
+    case: Case, name: str, world_size: int, backend: str | None, steps: Steps, grad: bool = True
 ) -> Results:
     return steps.run(
         name,
@@ -193,16 +221,30 @@ def _alone(
 
 
 def _without_us(
-    m: _Measured, found: Results, world_size: int, backend: str
+    m: _Measured, found: Results, name: str, world_size: int, backend: str, steps: Steps
 ) -> tuple[str, str]:
+    def plain(case: Case, backend: str | None) -> Result:
+        return steps.run(
+            f"{name}, unsharded with {backend}",
+            lambda: engines.plain([case], backend)[0],
+            lambda text: Result(error=text),
+        )
+
+    def real(case: Case, backend: str | None) -> Results:
+        return steps.run(
+            f"{name}, on real ranks",
+            lambda: engines.real([case], world_size, backend)[0],
+            lambda text: {0: Result(error=text)},
+        )
+
     return attribution.compiled_fault(
         m.case,
         backend,
         found,
         m.expected,
         m.random,
-        plain=lambda case, backend: engines.plain([case], backend)[0],
-        real=lambda case, backend: engines.real([case], world_size, backend)[0],
+        plain=plain,
+        real=real,
         lower_is_right=m.right("aot_eager"),
     )
 

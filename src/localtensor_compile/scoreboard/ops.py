@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-# The sizes that the database's sample functions read when they are called. All even ones are
-# divided by 2 and 4; of the uneven ones, 5 on four ranks and 3 leave ranks with nothing.
+# The sizes that the database's sample functions read when they are called. Even ones
+# are divided by 2, and by 4 but for XS; of the uneven ones, 5 and 3 leave one of 4 ranks nothing.
 SIZES: dict[str, dict[str, int]] = {
-    "even": {"L": 16, "M": 8, "S": 4, "XS": 4},
+    "even": {"L": 16, "M": 8, "S": 4, "XS": 2},
     "uneven": {"L": 9, "M": 7, "S": 5, "XS": 3},
 }
 # One dtype per op: the first of these that it supports on CPU.
@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.int64, torch.bool, torch.complex64, torch.float64
 # Memory that nobody has written: nothing about the values can be compared.
 _UNINITIALISED = frozenset({"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty"})
 _UNINITIALISED |= {"new_empty_strided"}
-_DATABASE = "torch.testing._internal.common_methods_invocations"
+DATABASE = "torch.testing._internal.common_methods_invocations"
 _SEARCHED = 60  # samples looked at per op and set of sizes
 
 
@@ -87,6 +87,8 @@ def samples(name: str, sizes: str, count: int) -> tuple[Sample, ...]:
     same keyword arguments are given.
     """
     op, dtype = database()[name], dtype_of(name)
+    if dtype is None:
+        return ()
     kinds: dict[Any, Sample] = {}
     with _sizes(SIZES[sizes]), _seeded(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -121,7 +123,7 @@ def _is_plain(tensor: Tensor) -> bool:
 @contextlib.contextmanager
 def unseeded() -> Iterator[None]:
     """Take out the wrapper that seeds random ops of the database: Dynamo cannot trace it."""
-    module: Any = importlib.import_module(_DATABASE)
+    module: Any = importlib.import_module(DATABASE)
     wrapper = module.wrapper_set_seed
     module.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
     try:
@@ -135,7 +137,9 @@ def _sizes(values: dict[str, int]) -> Iterator[None]:
     """torch's sample functions read L, M, S and XS as globals of the modules they stand in."""
     database()
     modules = [
-        m for n, m in list(sys.modules.items()) if n.startswith(("torch.testing._internal.opinfo", _DATABASE))
+        m
+        for n, m in list(sys.modules.items())
+        if n.startswith(("torch.testing._internal.opinfo", DATABASE))
     ]
     before = [
         (m, name, m.__dict__[name])

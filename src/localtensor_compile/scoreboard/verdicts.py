@@ -1,4 +1,4 @@
-"""Compares what a case gave with the unsharded op: one verdict for the forward, one for the backward."""
+"""Compares what a case gave with the unsharded op: a verdict each for forward and backward."""
 
 from __future__ import annotations
 

@@ -102,9 +102,7 @@ def run(
             _end(worker)
 
 
-def _start(
-    task: Task, plan: Plan, how: Measure, lost: dict[Task, dict[str, str]]
-) -> _Worker:
+def _start(task: Task, plan: Plan, how: Measure, lost: dict[Task, dict[str, str]]) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, plan, how), daemon=False)
