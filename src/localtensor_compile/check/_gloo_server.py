@@ -77,7 +77,7 @@ class Worker:
 class Server:
     """The process that forks the workers, in its own session: Ctrl-C reaches only the caller."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, preload: tuple[str, ...] = ()) -> None:
         if not hasattr(os, "fork"):
             raise GlooError("real gloo processes need an operating system that has fork.")
         self._owner = os.getpid()
@@ -87,7 +87,7 @@ class Server:
         outputs = [_duplicate(1), _duplicate(2)]
         fds = [far.fileno(), *outputs]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, json.dumps([sys.path, *fds])],
+            [sys.executable, "-c", _START, json.dumps([sys.path, *fds, preload])],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,

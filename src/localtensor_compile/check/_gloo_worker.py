@@ -97,10 +97,10 @@ def decode(data: bytes) -> Any:
 
 
 # ---------------------------------------------------------------- fork server
-def serve(control_fd: int, out_fd: int, err_fd: int) -> None:
+def serve(control_fd: int, out_fd: int, err_fd: int, preload: list[str]) -> None:
     """Fork a worker per request until the pool closes its end or dies; then kill all of them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in _PRELOAD:
+    for name in (*_PRELOAD, *preload):
         importlib.import_module(name)
     torch.set_num_threads(1)
     gc.collect()

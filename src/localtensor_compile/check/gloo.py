@@ -42,10 +42,17 @@ class GlooPool:
     Args:
         size: workers to start now. `run` starts what it needs beyond them.
         start_timeout: seconds for the first start, which imports torch once for all workers.
+        preload: modules to import then, besides torch and this package.
     """
 
-    def __init__(self, size: int = 0, *, start_timeout: float = 120.0) -> None:
-        self._start_timeout = start_timeout
+    def __init__(
+        self,
+        size: int = 0,
+        *,
+        start_timeout: float = 120.0,
+        preload: tuple[str, ...] = (),
+    ) -> None:
+        self._start_timeout, self._preload = start_timeout, preload
         self._lock = threading.Lock()
         self._server: Server | None = None
         self._workers: list[Worker | None] = []
@@ -156,7 +163,7 @@ class GlooPool:
             if progress is not None:
                 progress(f"starting {len(missing)} gloo processes")
             if self._server is None:
-                self._server = Server(self._start_timeout)
+                self._server = Server(self._start_timeout, self._preload)
                 weakref.finalize(self, Server.close, self._server)
             for i in missing:
                 self._workers[i] = self._server.fork()

@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import check, matrix
+from . import check, matrix, scoreboard
 
 # Each has add_parser(subparsers), which sets the default `run`: (arguments) -> exit code.
-COMMANDS = (check, matrix)
+COMMANDS = (check, matrix, scoreboard)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

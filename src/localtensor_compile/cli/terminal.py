@@ -110,3 +110,53 @@ class EngineProgress(StepProgress):
         verb = "ran" if result.error is None else "failed"
         text = f"{result.name} {verb} in {result.seconds:.1f} s"
         self._show(text)
+
+
+class TaskProgress:
+    """How many of many tasks are done and what runs: a bar on a terminal, else a line per task."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self._total, self._done = total, done
+        self._live: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> TaskProgress:
+        console = _console(sys.stderr)
+        if console is not None and console.is_terminal:
+            from rich import progress
+
+            self._live = progress.Progress(
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.description}"),
+                console=console,
+                transient=True,
+                redirect_stdout=False,
+            )
+            self._live.start()
+            self._task = self._live.add_task("", total=self._total, completed=self._done)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def at(self, text: str) -> None:
+        """What runs now; shown on a terminal only."""
+        if self._live is not None:
+            self._live.update(self._task, description=text)
+
+    def advance(self, text: str) -> None:
+        """A task has ended."""
+        self._done += 1
+        if self._live is not None:
+            self._live.advance(self._task)
+            self._live.console.print(text)
+        else:
+            print(f"{self._done}/{self._total} {text}", file=sys.stderr, flush=True)

@@ -137,7 +137,25 @@ def _index(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str
     index = rank_numbers_in_index(args[1])
     if holds_rank_number((index, *args[2:])):
         return call_with_numbers(func, (args[0], index, *args[2:]), kwargs)
+    with_dimension = _condition_as_dimension(args[0], args[1])
+    if with_dimension is not None:
+        return func(*with_dimension, *args[2:], **kwargs)
     return func(*args, **kwargs)
+
+
+def _condition_as_dimension(tensor: Tensor, index: Any) -> tuple[Tensor, Any] | None:
+    """(tensor, index) with a bool of each rank in the index as a mask of a dimension of one.
+
+    torch asks a 0-dim bool tensor for its value, of which there is only one; a mask stays a tensor.
+    """
+    parts = index if isinstance(index, tuple) else (index,)
+    for place, part in enumerate(parts):
+        if isinstance(part, LocalTensor) and part.dtype == torch.bool and part.ndim == 0:
+            masked = (*parts[:place], part.unsqueeze(0), *parts[place + 1 :])
+            return tensor.unsqueeze(place), masked
+        if part.__class__ is not slice:  # what other indices do to dimensions is torch's business
+            return None
+    return None
 
 
 def _draw(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
