@@ -20,11 +20,11 @@ from .apply import checked_op
 from .ops import settings
 from .reduction import reduce_shards
 
-# Method names of ProcessGroup, old and new spellings.
+# Method names of ProcessGroup, old and new spellings. torch's fake group does the rest itself: it
+# copies what it is given into every place of an all_gather.
 METHODS = (
     "allreduce", "allreduce_coalesced", "broadcast", "reduce",
-    "allgather", "_allgather_base", "all_gather_single", "allgather_coalesced",
-    "allgather_into_tensor_coalesced", "all_gather_single_coalesced",
+    "allgather_coalesced", "allgather_into_tensor_coalesced", "all_gather_single_coalesced",
     "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single",
     "reduce_scatter_tensor_coalesced", "reduce_scatter_single_coalesced",
     "gather", "scatter", "alltoall", "alltoall_base", "all_to_all_single",
@@ -55,15 +55,6 @@ def collective(name: str, group: Any, args: Sequence[Any], kwargs: dict[str, Any
         return finished_work(tensors)
     if name == "broadcast":
         return finished_work(tensors)
-    if name in ("_allgather_base", "all_gather_single"):
-        output, input = args[0], args[1]
-        output.view(group.size(), *input.shape).copy_(input.expand(group.size(), *input.shape))
-        return finished_work([output])
-    if name == "allgather":
-        for outputs, input in zip(args[0], args[1]):
-            for output in outputs:
-                output.copy_(input)
-        return finished_work(args[0])
     raise _refused(f"ProcessGroup.{name}", tensors)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import SymBool, SymFloat, SymInt
 
+from ..dispatch import backward
 from ..values.bool_node import LocalBoolNode
 from ..values.float_node import LocalFloatNode
 from ..values.int_node import LocalIntNode
@@ -40,6 +41,7 @@ def register() -> None:
     _defer_to_local_nodes()
     _symbols_for_uneven_sizes()
     for module in (
+        backward,
         traced_numbers,
         number_outputs,
         traced_tensors,

@@ -39,8 +39,8 @@ def _is_plain(root: Any) -> bool:
     return type(root) is Tensor and not is_functorch_wrapped_tensor(root)
 
 
-def register() -> None:
-    """Hook autograd's engine, once."""
+def replacements() -> list[tuple[Any, str, Any]]:
+    """(owner, name, replacement): autograd's engine."""
     import torch.autograd as autograd
     import torch.autograd.graph as graph
 
@@ -53,8 +53,7 @@ def register() -> None:
         with RankSizes():
             return original(roots, *args, **kwargs)
 
-    graph._engine_run_backward = engine_run_backward
-    autograd._engine_run_backward = engine_run_backward
-
-
-register()
+    return [
+        (graph, "_engine_run_backward", engine_run_backward),
+        (autograd, "_engine_run_backward", engine_run_backward),
+    ]

@@ -245,13 +245,14 @@ def _groups() -> Iterator[Replacement]:
 
     @functools.wraps(original)
     def new_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if ranks is not None and _recorders:  # also while DeviceMesh.__init__ disables the mode
+            ranks = [int(r) for r in ranks]
+            _recorders[-1].append(sorted(ranks))
+            return original(ranks, *args, **kwargs)
         mode = enabled_local_tensor_mode()
         if mode is None or ranks is None:
             return original(ranks, *args, **kwargs)
         ranks = [int(r) for r in ranks]
-        if _recorders:
-            _recorders[-1].append(sorted(ranks))
-            return original(ranks, *args, **kwargs)
         # The simulated process holds every rank: a group without rank 0 exists as well.
         with pretend_rank(min(ranks)) if ranks else contextlib.nullcontext():
             return original(ranks, *args, **kwargs)

@@ -11,8 +11,6 @@ from typing import Any
 
 from torch.distributed.tensor import placement_types
 
-from ...values.int_node import LocalIntNode
-from ...values.tensor import LocalTensor
 from .. import per_rank_code, state
 
 Replacement = tuple[Any, str, Any]
@@ -24,8 +22,6 @@ def replacements() -> Iterator[Replacement]:
     upstream = placement_types.maybe_run_for_local_tensor.__globals__
     yield upstream, "get_local_tensor_mode_list", state.get_local_tensor_mode_list
     yield upstream, "_for_each_rank_run_func", per_rank_code.for_each_rank
-    yield upstream, "LocalTensor", LocalTensor
-    yield upstream, "LocalIntNode", LocalIntNode
     from . import dtensor_sharding
 
     yield from dtensor_sharding.replacements()
