@@ -19,6 +19,8 @@ from torch.distributed._functional_collectives import (
     AsyncCollectiveTensor as AsyncCollectiveTensor,
 )
 
+bucket_assignment = torch.distributed._compute_bucket_assignment_by_size
+
 
 def mark_constructor_exportable(constructor: Any) -> Any:
     """Keep a wrapper's constructor callable in exported programs, where torch can do that."""

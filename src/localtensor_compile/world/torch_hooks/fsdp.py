@@ -65,7 +65,7 @@ class _Chunks(list[Any]):
         # FSDP asks for it only to leave out copies of nothing, which do no harm on the ranks whose
         # chunk is empty.
         numel = max(t.numel() for t in shards.values())
-        result.numel = lambda: numel  # type: ignore[method-assign]
+        result.numel = lambda: numel
         return result
 
 
