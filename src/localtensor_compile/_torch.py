@@ -38,6 +38,16 @@ disable_dynamo = torch._disable_dynamo
 is_functorch_wrapped_tensor = torch._C._functorch.is_functorch_wrapped_tensor
 
 
+def own_frame_never_compiled(function: Any) -> Any:
+    """Decorator: Dynamo inlines the function into user code, but never starts a graph in it."""
+    try:
+        from torch._dynamo.eval_frame import skip_code
+    except ImportError:  # pragma: no cover - depends on the torch version
+        return function
+    skip_code(function.__code__)
+    return function
+
+
 def never_traced(function: Any) -> Any:
     """Decorator for a hot function that Dynamo must not compile, nor anything it calls.
 

@@ -263,7 +263,7 @@ def simple_fsdp(
         mesh = world.mesh(names="dp")
         placements = [Shard(0) if mode == "shard" else Replicate()]
     model = fill(Net(size, 10))
-    for module in model.modules():
+    for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             sharded = distribute_tensor(parameter.detach(), mesh, placements)
             module.register_parameter(name, nn.Parameter(sharded))
