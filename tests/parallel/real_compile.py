@@ -26,7 +26,7 @@ def on_this_rank(program: PortableProgram, backend: str) -> dict[str, Any]:
     graphs = counters["stats"]["unique_graphs"]
     breaks = sum(counters["graph_break"].values())
     torch.compiler.reset()
-    return {"outputs": outputs, "graphs": graphs, "breaks": breaks, "why": dict(counters["graph_break"])}
+    return {"outputs": outputs, "graphs": graphs, "breaks": breaks}
 
 
 def verify_as_real(

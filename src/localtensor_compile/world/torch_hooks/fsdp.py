@@ -22,7 +22,6 @@ Replacement = tuple[Any, str, Any]
 
 def replacements() -> Iterator[Replacement]:
     import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
-
     import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 
     for name in ("alloc_storage", "free_storage"):
