@@ -8,7 +8,12 @@ from tests.parallel import fsdp
 from tests.parallel.harness import WORLDS, fill, refused, verify
 from tests.parallel.real_compile import verify_as_real
 
-pytestmark = [pytest.mark.gloo, pytest.mark.xdist_group("gloo")]
+pytestmark = [
+    pytest.mark.gloo,
+    pytest.mark.xdist_group("gloo"),
+    # Dynamo reads it of the inputs of every compiled block, with plain tensors too.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 slow = pytest.mark.slow
 
 
