@@ -88,6 +88,11 @@ def test_compiled_around_ddp(world):
     verify_as_real(data_parallel.ddp_compiled, world, graphs=1, graph_breaks=3)
 
 
+def test_compiled_around_buckets():
+    """On real ranks the graph is split at the buckets; here it stays whole, to equal bits."""
+    verify_as_real(data_parallel.ddp_compiled, 2, graphs=1, graph_breaks=3, model="Wide")
+
+
 @pytest.mark.parametrize("world", worlds(3))
 def test_compiled_replicate(world):
     verify_as_real(data_parallel.replicated, world, graphs=2, compiled=True)

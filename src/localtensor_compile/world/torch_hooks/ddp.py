@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from ..gradient_buckets import (
     Logger,
@@ -38,6 +39,16 @@ def replacements() -> Iterator[Replacement]:
     for owner in (dist, utils):
         if hasattr(owner, "_verify_params_across_processes"):
             yield owner, "_verify_params_across_processes", _instead(verify, verify_params)
+    # Dynamo would split graphs at buckets, so that communication overlaps with backward. Nothing
+    # overlaps here, and AOTAutograd wraps the LocalTensors between the parts twice.
+    ddp_class = DistributedDataParallel
+    active = ddp_class.__dict__.get("_get_active_ddp_module")
+    if active is not None:
+        yield (
+            ddp_class,
+            "_get_active_ddp_module",
+            classmethod(_instead(active.__func__, _no_module)),
+        )
     yield dist, "_register_comm_hook", _instead(dist._register_comm_hook, _register_hook)
     builtin = dist._register_builtin_comm_hook
     yield dist, "_register_builtin_comm_hook", _instead(builtin, _register_builtin_hook)
@@ -51,6 +62,10 @@ def _instead(original: Any, ours: Any) -> Any:
         return (original if enabled_local_tensor_mode() is None else ours)(*args, **kwargs)
 
     return call
+
+
+def _no_module(cls: Any) -> None:
+    return None
 
 
 def _register_hook(reducer: Reducer, state: Any, hook: Any) -> None:
