@@ -6,8 +6,14 @@ import torch
 import localtensor_compile as lt
 from tests.parallel import fsdp
 from tests.parallel.harness import WORLDS, fill, refused, verify
+from tests.parallel.real_compile import verify_as_real
 
-pytestmark = [pytest.mark.gloo, pytest.mark.xdist_group("gloo")]
+pytestmark = [
+    pytest.mark.gloo,
+    pytest.mark.xdist_group("gloo"),
+    # Dynamo reads it of the inputs of every compiled block, with plain tensors too.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 slow = pytest.mark.slow
 
 
@@ -104,6 +110,33 @@ def test_hsdp_accumulation():
 )
 def test_over_tensor_parallel(dim, hidden):
     eager(fsdp.tensor_parallel, 4, dim=dim, hidden=hidden)
+
+
+# ---------------------------------------------------------------- compiled
+@pytest.mark.parametrize("world", worlds(3))
+@pytest.mark.parametrize(
+    ("program", "bound"),
+    [
+        (fsdp.block_by_block, {}),
+        pytest.param(fsdp.block_by_block, {"size": "EVEN"}, marks=slow),
+        pytest.param(fsdp.block_by_block, {"reshard_after_forward": False}, marks=slow),
+        (fsdp.block_by_block, {"recompute": True}),
+        (fsdp.block_by_block_mixed, {}),
+        # Dynamo skips FSDP's hooks and compiles the blocks between them.
+        (fsdp.whole_model, {}),
+    ],
+)
+def test_compiled(world, program, bound):
+    verify_as_real(program, world, graphs=2, **bound)
+
+
+def test_compiled_hsdp():
+    verify_as_real(fsdp.block_by_block, 4, graphs=2, hybrid=True)
+
+
+@pytest.mark.parametrize(("dim", "hidden"), [(8, 12), pytest.param(7, 10, marks=slow)], ids=str)
+def test_compiled_over_tensor_parallel(dim, hidden):
+    verify_as_real(fsdp.tensor_parallel_blocks, 4, graphs=2, dim=dim, hidden=hidden)
 
 
 # ---------------------------------------------------------------- refused as on real ranks

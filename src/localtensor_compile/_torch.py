@@ -19,6 +19,8 @@ from torch.distributed._functional_collectives import (
     AsyncCollectiveTensor as AsyncCollectiveTensor,
 )
 
+bucket_assignment = torch.distributed._compute_bucket_assignment_by_size
+
 
 def mark_constructor_exportable(constructor: Any) -> Any:
     """Keep a wrapper's constructor callable in exported programs, where torch can do that."""
@@ -34,6 +36,16 @@ MIN_VERSION, MAX_VERSION = (2, 11), (2, 15)
 
 disable_dynamo = torch._disable_dynamo
 is_functorch_wrapped_tensor = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def own_frame_never_compiled(function: Any) -> Any:
+    """Decorator: Dynamo inlines the function into user code, but never starts a graph in it."""
+    try:
+        from torch._dynamo.eval_frame import skip_code
+    except ImportError:  # pragma: no cover - depends on the torch version
+        return function
+    skip_code(function.__code__)
+    return function
 
 
 def never_traced(function: Any) -> Any:

@@ -420,3 +420,62 @@ def uneven_placement(world: Any) -> dict[str, Any]:
         return Shard(1) if parameter.ndim == 2 else None
 
     return steps(world, shard_placement_fn=place)
+
+
+# ---------------------------------------------------------------- compiled
+def block_by_block(
+    world: Any, size: str = "UNEVEN", hybrid: bool = False, recompute: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Each block compiled whole, then sharded: what trainers do."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    if hybrid:
+        mesh = world.mesh((2, world.size // 2), ("replicate", "shard"))
+    else:
+        mesh = world.mesh(names="dp")
+    sizes = globals()[size]
+    model = fill(Net(**sizes))
+    for i, block in enumerate(model.blocks):
+        wrapped = checkpoint_wrapper(block) if recompute else block
+        model.blocks[i] = world.compile(wrapped)
+        fully_shard(model.blocks[i], mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return train(world, model, torch.optim.Adam(model.parameters(), lr=0.1), sizes["dim"])
+
+
+def block_by_block_mixed(world: Any) -> dict[str, Any]:
+    return block_by_block(world, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+
+
+def whole_model(world: Any, **options: Any) -> dict[str, Any]:
+    """A sharded model compiled from outside: Dynamo leaves FSDP's hooks to Python."""
+    model = sharded(world.mesh(names="dp"), UNEVEN, **options)
+    compiled = world.compile(model, fullgraph=False)
+    return train(world, compiled, torch.optim.SGD(model.parameters(), lr=0.1), 7)
+
+
+def tensor_parallel_blocks(world: Any, dim: int = 8, hidden: int = 12) -> dict[str, Any]:
+    """Tensor-parallel blocks, compiled, then sharded."""
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = world.mesh((world.size // 2, 2), ("dp", "tp"))
+    model = fill(Net(dim=dim, hidden=hidden))
+    for i, block in enumerate(model.blocks):
+        parallelize_module(block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        model.blocks[i] = world.compile(block)
+        fully_shard(model.blocks[i], mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    results: dict[str, Any] = {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+    for step in range(2):
+        x = world.rank_map(lambda rank, s=step: draw(5, dim, seed=50 * s + rank // 2))
+        loss = model(x).square().sum()
+        loss.backward()
+        results |= {f"loss {step}": loss.detach(), **gradients(model)}
+        optimizer.step()
+        optimizer.zero_grad()
+    return {**results, **parameters(model)}

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .._torch import own_frame_never_compiled
 from ..collectives.plain import FUNCTIONAL
 from ..collectives.plain import functional as plain_collective
 from ..dispatch.random_factories import PLAIN_DRAWS, draws_for_plain, plain_draw
@@ -73,6 +74,9 @@ class FactoryMode(TorchFunctionMode):
         self.mode = mode
         self.ranks: Ranks = tuple(sorted(mode.ranks))
 
+    # torch calls it from frames that Dynamo left to Python, as from forward of a module whose
+    # hooks it skips: its own frame would become a graph of one op.
+    @own_frame_never_compiled
     def __torch_function__(
         self,
         func: Any,

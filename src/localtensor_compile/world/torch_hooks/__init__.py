@@ -29,10 +29,10 @@ MISSING: Any = object()
 
 def all_replacements() -> Iterator[Replacement]:
     """Every (owner, attribute, replacement), built fresh from what torch has now."""
-    from . import autograd, collectives, distributed, dtensor, factories, fsdp, random
+    from . import autograd, collectives, ddp, distributed, dtensor, factories, fsdp, random
 
     # factories.py wraps what random.py has replaced.
-    for module in (autograd, distributed, collectives, dtensor, fsdp, random, factories):
+    for module in (autograd, distributed, collectives, dtensor, fsdp, ddp, random, factories):
         yield from module.replacements()
 
 

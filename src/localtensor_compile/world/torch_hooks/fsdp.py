@@ -22,9 +22,12 @@ Replacement = tuple[Any, str, Any]
 
 def replacements() -> Iterator[Replacement]:
     import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
+    import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 
     for name in ("alloc_storage", "free_storage"):
-        yield fsdp_param, name, _on_shards(getattr(fsdp_param, name))
+        for owner in (fsdp_param, param_group):
+            if hasattr(owner, name):
+                yield owner, name, _on_shards(getattr(owner, name))
     yield fsdp_param, "_chunk_with_empty", _chunk_with_empty(fsdp_param._chunk_with_empty)
     fsdp_class = fsdp_param.FSDPParam
     yield fsdp_class, "reset_sharded_param", _reset(fsdp_class.reset_sharded_param)

@@ -1,0 +1,82 @@
+"""DistributedDataParallel on simulated ranks.
+
+The module itself is Python and stays as it is; what it calls in C++ is answered for LocalTensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from ..gradient_buckets import (
+    Logger,
+    Reducer,
+    assign_buckets,
+    verify_across_ranks,
+)
+from ..state import enabled_local_tensor_mode
+
+Replacement = tuple[Any, str, Any]
+
+
+def replacements() -> Iterator[Replacement]:
+    yield dist, "Reducer", _instead(dist.Reducer, Reducer)
+    yield dist, "Logger", _instead(dist.Logger, Logger)
+    buckets = dist._compute_bucket_assignment_by_size
+    yield dist, "_compute_bucket_assignment_by_size", _instead(buckets, assign_buckets)
+    verify = dist._verify_params_across_processes
+
+    def verify_params(group: Any, params: Any, logger: Any = None) -> None:
+        verify_across_ranks(group, params)
+
+    # torch.distributed.utils holds it by name.
+    import torch.distributed.utils as utils
+
+    for owner in (dist, utils):
+        if hasattr(owner, "_verify_params_across_processes"):
+            yield owner, "_verify_params_across_processes", _instead(verify, verify_params)
+    # Dynamo would split graphs at buckets, so that communication overlaps with backward. Nothing
+    # overlaps here, and AOTAutograd wraps the LocalTensors between the parts twice.
+    ddp_class = DistributedDataParallel
+    active = ddp_class.__dict__.get("_get_active_ddp_module")
+    if active is not None:
+        yield (
+            ddp_class,
+            "_get_active_ddp_module",
+            classmethod(_instead(active.__func__, _no_module)),
+        )
+    yield dist, "_register_comm_hook", _instead(dist._register_comm_hook, _register_hook)
+    builtin = dist._register_builtin_comm_hook
+    yield dist, "_register_builtin_comm_hook", _instead(builtin, _register_builtin_hook)
+
+
+def _instead(original: Any, ours: Any) -> Any:
+    """`ours` while the thread's mode is enabled, else `original`."""
+
+    @functools.wraps(original, updated=())
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (original if enabled_local_tensor_mode() is None else ours)(*args, **kwargs)
+
+    return call
+
+
+def _no_module(cls: Any) -> None:
+    return None
+
+
+def _register_hook(reducer: Reducer, state: Any, hook: Any) -> None:
+    reducer.register_hook(functools.partial(hook, state))
+
+
+def _register_builtin_hook(reducer: Reducer, kind: Any) -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    hooks = {
+        dist.BuiltinCommHookType.ALLREDUCE: default_hooks.allreduce_hook,
+        dist.BuiltinCommHookType.FP16_COMPRESS: default_hooks.fp16_compress_hook,
+    }
+    reducer.register_hook(functools.partial(hooks[kind], reducer._group))
