@@ -19,6 +19,8 @@ import torch.distributed as dist
 import torch.distributed.c10d_logger as c10d_logger
 import torch.distributed.device_mesh as device_mesh
 import torch.distributed.distributed_c10d as c10d
+import torch.distributed.tensor._collective_utils as collective_utils
+from torch.distributed.tensor import placement_types
 
 from ...collectives import objects, plain
 from ...collectives.groups import register_family
@@ -325,6 +327,19 @@ def _roots() -> Iterator[Replacement]:
         wrapped = _when_enabled(original, replacement)
         yield c10d, name, wrapped
         yield dist, name, wrapped
+
+    # DTensor's scatter asks for its own rank to see whether it is the root.
+    def mesh_scatter(
+        original: Any, mode: Any, output: Any, scatter_list: Any, mesh: Any, mesh_dim: Any = 0,
+        *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        root = dist.get_global_rank(mesh.get_group(mesh_dim), kwargs.get("group_src", 0))
+        with _pretend_rank(root):
+            return original(output, scatter_list, mesh, mesh_dim, *args, **kwargs)
+
+    scatter = _when_enabled(collective_utils.mesh_scatter, mesh_scatter)
+    yield collective_utils, "mesh_scatter", scatter
+    yield placement_types, "mesh_scatter", scatter
 
 
 # ---------------------------------------------------------------- plain tensors
