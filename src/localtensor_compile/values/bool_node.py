@@ -68,7 +68,8 @@ class LocalBoolNode(LocalNode):
             # C++ probes of layout and broadcasting: "not on all ranks" sends them down the general
             # path, or into a check that raises.
             (file and file.endswith((".cpp", ".h", ".c")))
-            or (not self._traced and _asked_by_compiler())
+            or _asked_by(_DTENSOR)
+            or (not self._traced and _asked_by(_COMPILER_DIRS))
         ):
             return self.when_mixed
         raise RankDivergence(
@@ -155,6 +156,11 @@ _COMPILER_DIRS = tuple(
         "_dynamo", "_functorch", "_export", "_inductor", "_subclasses", "_library", "export", "fx",
     )
 )  # fmt: skip
+# The parts of DTensor that ask whether two layouts, each possibly one per rank, are the same.
+_DTENSOR = tuple(
+    os.path.join(os.path.dirname(torch.__file__), "distributed", "tensor", name)
+    for name in ("_api.py", "_dtensor_spec.py")
+)
 _OWN_FILES = (
     __file__,
     rank_node.__file__,
@@ -164,9 +170,9 @@ _OWN_FILES = (
 )
 
 
-def _asked_by_compiler() -> bool:
-    """Whether the code that wants a bool is torch's compiler (looked at only on disagreement)."""
+def _asked_by(files: tuple[str, ...]) -> bool:
+    """Whether code in these files of torch wants the bool (looked at only on disagreement)."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename in _OWN_FILES:
         frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None and frame.f_code.co_filename.startswith(_COMPILER_DIRS)
+    return frame is not None and frame.f_code.co_filename.startswith(files)

@@ -78,10 +78,18 @@ def _mesh_roots() -> Iterator[Replacement]:
     original = _collective_utils.mesh_scatter
 
     def mesh_scatter(
-        original: Any, mode: Any, *args: Any, group_src: int = 0, **kwargs: Any
+        original: Any,
+        mode: Any,
+        output: Any,
+        scatter_list: Any,
+        mesh: Any,
+        mesh_dim: int = 0,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        with pretend_rank(group_src):
-            return original(*args, group_src=group_src, **kwargs)
+        root = dist.get_global_rank(mesh.get_group(mesh_dim), kwargs.get("group_src", 0))
+        with pretend_rank(root):
+            return original(output, scatter_list, mesh, mesh_dim, *args, **kwargs)
 
     wrapped = when_enabled(original, mesh_scatter)
     yield _collective_utils, "mesh_scatter", wrapped

@@ -1,4 +1,8 @@
-"""Rank-dependent Python inside DTensor that torch does not run once per rank by itself.
+"""Rank-dependent parts of DTensor that torch does not run once per rank by itself.
+
+A real rank guesses a DTensor's global size and stride from its own shard; where shards differ, so
+do the guesses. It cuts its own shard into chunks; where shards differ, so does the number of chunks
+that `torch.chunk` returns.
 
 A DTensor on a submesh may have a *global* shape that differs between simulated ranks: each copy of
 the submesh holds its own tensor. DTensor works out an op's output shape by running the op on fake
@@ -12,12 +16,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed._functional_collectives as funcol
+import torch.distributed.tensor._api as tensor_api
 import torch.distributed.tensor._sharding_prop as sharding_prop
+import torch.distributed.tensor._utils as tensor_utils
+from torch.distributed.tensor import placement_types
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._op_schema import OpSchema
 from torch.utils import _pytree as pytree
 
 from ...values.rank_node import is_ranked, value_on_rank
+from .. import per_rank_code
 from ..mesh import per_rank_int
 from ..state import enabled_local_tensor_mode
 
@@ -25,6 +34,35 @@ Replacement = tuple[Any, str, Any]
 
 
 def replacements() -> Iterator[Replacement]:
+    yield from _once_per_rank()
+    yield from _propagation()
+
+
+def _once_per_rank() -> Iterator[Replacement]:
+    name = "compute_global_tensor_info"
+    guess = per_rank_code.maybe_run_for_local_tensor(_plain(getattr(tensor_utils, name)))
+    for module in (tensor_utils, tensor_api):
+        yield module, name, guess
+    chunk = placement_types.Shard._custom_chunk
+    per_rank_chunk = per_rank_code.maybe_run_for_local_tensor(chunk)
+    yield placement_types.Shard, "_custom_chunk", staticmethod(per_rank_chunk)
+    name = "_chunk_or_narrow_cat"  # of all_gather and reduce_scatter along another dimension
+    if hasattr(torch._utils, name):
+        chunk_cat = per_rank_code.maybe_run_for_local_tensor(getattr(torch._utils, name))
+        for module in (torch._utils, funcol):
+            yield module, name, chunk_cat
+
+
+def _plain(builtin: Any) -> Any:
+    """A Python function that calls `builtin`: it has no name that functools.wraps could copy."""
+
+    def compute_global_tensor_info(*args: Any) -> Any:
+        return builtin(*args)
+
+    return compute_global_tensor_info
+
+
+def _propagation() -> Iterator[Replacement]:
     propagator = sharding_prop.ShardingPropagator
     name = "_propagate_tensor_meta_non_cached"
     original = propagator.__dict__.get(name)
