@@ -138,17 +138,17 @@ def _eager(measured: Sequence[_Measured], world_size: int, steps: Steps) -> None
         else:
             first[text or label(m.case)] = (m, found)
     on_ranks = _on_real_ranks([m.case for m, _ in first.values()], world_size, "first", steps)
-    hung = {}
+    divided = {}
     for (text, (m, found)), real in zip(first.items(), on_ranks):
         fault, evidence = attribution.eager_fault(found, real, m.expected, m.random)
         _blame(m.verdicts["eager"], fault, evidence)
-        if real[0].error == engines.HANGS:
-            hung[text] = fault, evidence
+        if engines.is_divided(real):
+            divided[text] = fault, evidence
     rest = []
     for m, found in others:
         text = _text(m.verdicts["eager"])
-        if text in hung:
-            _blame(m.verdicts["eager"], *hung[text])
+        if text in divided:
+            _blame(m.verdicts["eager"], *divided[text])
         else:
             rest.append((m, found))
     on_ranks = _on_real_ranks([m.case for m, _ in rest], world_size, "rest", steps)
@@ -164,7 +164,7 @@ def _on_real_ranks(
         return []
     return steps.run(
         f"eager on real ranks, {which}",
-        lambda: engines.real(cases, world_size, None),
+        lambda: engines.real(cases, world_size, None, together=which == "rest"),
         lambda text: [{0: Result(error=text)} for _ in cases],
     )
 
