@@ -482,8 +482,8 @@ def test_command_goes_on_where_it_was(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- the published table
-# Ops of every kind: pointwise, reductions, products, views, indices, normalisation, integers, random
-# numbers, failures. One number of ranks each.
+# Ops of every kind: pointwise, reductions, products, views, indices, normalisation, integers,
+# random numbers, failures. One number of ranks each.
 PUBLISHED = {
     "abs": 4,
     "bitwise_and": 2,
