@@ -311,14 +311,29 @@ def test_ops_that_are_not_measured_say_why():
     assert record["cases"] or record["reason"]
 
 
-def test_real_ranks_that_wait_for_each_other_are_a_result():
-    """A shard of nothing: DTensor drops a dimension on the last rank only."""
-    case = Case("addmv", "uneven", 1, 2, (None, 0, None))
-    assert {r.error for r in engines.real([case], 4, None)[0].values()} == {HANGS}
+@pytest.mark.slow
+def test_real_ranks_go_on_after_waiting():
+    waits = Case("addmv", "uneven", 1, 2, (None, 0, None))
     right = Case("abs", "even", 0, 2, (0,))
-    both = engines.real([right, case, right], 4, None)
+    found = engines.real([right, waits, right], 4, None, together=True)
     expected = engines.plain([right])[0]
-    assert [is_right(r, expected) for r in both] == [True, False, True]
+    assert [is_right(r, expected) for r in found] == [True, False, True]
+
+
+def test_an_error_of_one_real_rank_names_it():
+    case = Case("_native_batch_norm_legit", "uneven", 0, 2, (1, None, None, None, None))
+    message = "RuntimeError: input tensor must have at least one element, but got input_sizes = "
+    found = engines.real([case], 4, None)[0]
+    assert {r.error for r in found.values()} == {f"{message}[5, 0, 5] (only on rank 3)"}
+    assert engines.is_divided(found)
+    assert engines.simulated([case], 4, None)[0][0].error == f"{message}[5, 0, 5]"
+
+
+def test_real_ranks_that_wait_for_each_other_are_a_result(monkeypatch):
+    monkeypatch.setitem(engines._PATIENCE, None, 0.0)
+    found = engines.real([Case("abs", "even", 0, 2, (0,))], 2, None)[0]
+    assert {r.error for r in found.values()} == {HANGS}
+    assert engines.is_divided(found)
 
 
 def test_real_ranks_have_the_bits_of_simulated_ones():
@@ -361,8 +376,6 @@ def planted(op, world_size, plan, steps):
             time.sleep(100)
         if op == "dies":
             os.kill(os.getpid(), 9)
-        if op == "exits":
-            os._exit(3)
         return "fine"
 
     return {"op": op, "world_size": world_size, "said": steps.run("second", step, lambda t: t)}
@@ -371,7 +384,7 @@ def planted(op, world_size, plan, steps):
 def test_workers_survive_hangs_and_crashes():
     found, begun = {}, []
     workers.run(
-        [workers.Task(op, 2) for op in ("good", "hangs", "dies", "exits", "last")],
+        [workers.Task(op, 2) for op in ("good", "hangs", "dies")],
         Plan(),
         jobs=2,
         timeout=3,
@@ -383,8 +396,6 @@ def test_workers_survive_hangs_and_crashes():
         "good": "fine",
         "hangs": "timed out after 3 s",
         "dies": "the process was killed by SIGKILL",
-        "exits": "the process ended with exit code 3",
-        "last": "fine",
     }
     assert begun.count(("hangs", "first")) == 2 and begun.count(("hangs", "second")) == 1
 
@@ -451,18 +462,18 @@ def test_command_goes_on_where_it_was(tmp_path, capsys):
     options = ["--world-size", "2", "--backend", "eager", "--results", str(results)]
 
     def run(*more):
-        code = main(["scoreboard", "--ops", "^(abs|cdist|arange)$", *options, *more])
+        code = main(["scoreboard", "--ops", "^(abs|arange)$", *options, *more])
         said = capsys.readouterr()
         return code, said.out, said.err
 
-    code, out, err = run("--shard", "1/3")
+    code, out, err = run("--shard", "1/2")
     assert (code, len(results.read_text().splitlines())) == (0, 1)
     assert "1/1 abs on 2 ranks: 6 cases in" in err
     code, out, err = run("--report", str(report))
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [r["op"] for r in lines] == ["abs", "arange", "cdist"]
+    assert [r["op"] for r in lines] == ["abs", "arange"]
     assert "abs on 2" not in err and "arange on 2 ranks: not measured, takes no tensor" in err
-    assert out == "PASS: cases at fault: ours 0, DTensor 20, torch.compile 0, Inductor 0\n"
+    assert out == "PASS: cases at fault: ours 0, DTensor 0, torch.compile 0, Inductor 0\n"
     assert run()[2] == ""
     text = report.read_text()
     assert re.search(r"^\| `abs` \| float32 \| .*= ; .*= \| .* \|$", text, re.M)
@@ -471,29 +482,27 @@ def test_command_goes_on_where_it_was(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- the published table
-# Cheap ops of every kind: pointwise, reductions, products, views, indices, normalisation, integers,
+# Ops of every kind: pointwise, reductions, products, views, indices, normalisation, integers,
 # random numbers, failures. One number of ranks each.
 PUBLISHED = {
     "abs": 4,
-    "add": 2,
-    "bitwise_and": 4,
-    "cat": 2,
-    "cumsum": 4,
+    "bitwise_and": 2,
     "equal": 2,
-    "gather": 2,
-    "mm": 4,
     "nn.functional.embedding": 2,
     "rand_like": 2,
     "softmax": 4,
-    "sort": 2,
     "sum": 4,
-    "transpose": 2,
     "unbind": 2,
     "where": 2,
 }
+PUBLISHED_SLOW = {"add": 2, "cat": 2, "cumsum": 4, "gather": 2, "mm": 4, "sort": 2, "transpose": 2}
 
 
-@pytest.mark.parametrize(("op", "world_size"), PUBLISHED.items(), ids=PUBLISHED)
+@pytest.mark.parametrize(
+    ("op", "world_size"),
+    [pytest.param(*item, id=item[0]) for item in PUBLISHED.items()]
+    + [pytest.param(*item, id=item[0], marks=pytest.mark.slow) for item in PUBLISHED_SLOW.items()],
+)
 def test_published_results(op, world_size):
     """docs/scoreboard.md tells what this checkout does."""
     assert published(DOCS.read_text(), world_size, op) == outcome(

@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 
 from . import ops, shardings
 
+Own = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -57,24 +59,32 @@ def cases_of(op: str, sizes: str, sample_count: int, limit: int) -> list[Case]:
 
 
 def run(
-    cases: Sequence[Case], mesh: Any, backend: str | None, *, grad: bool = True
+    cases: Sequence[Case],
+    mesh: Any,
+    backend: str | None,
+    *,
+    grad: bool = True,
+    own: Own = Tensor.clone,
 ) -> list[Outcome]:
     """Run the cases one by one, or with `backend` all in one compiled function.
 
     Compiled, an error is raised: it is not known which case is at fault. Eager, it is in the
     case's outcome.
+
+    Args:
+        own: makes a tensor of the ranks' own from a plain one, as they would have made it.
     """
     with ops.unseeded(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what ops of torch say about themselves
         if backend is None:
-            return [_eager(case, mesh, grad) for case in cases]
-        return _compiled(cases, mesh, backend, grad)
+            return [_eager(case, mesh, grad, own) for case in cases]
+        return _compiled(cases, mesh, backend, grad, own)
 
 
-def _eager(case: Case, mesh: Any, grad: bool) -> Outcome:
+def _eager(case: Case, mesh: Any, grad: bool, own: Own) -> Outcome:
     outcome = Outcome()
     try:
-        call, leaves = _prepared(case, mesh, grad)
+        call, leaves = _prepared(case, mesh, grad, own)
         outcome.forward = _call(*call)
         outcome.backward = _gradients(*_differentiable(outcome.forward, leaves))
     except Exception as error:
@@ -82,8 +92,10 @@ def _eager(case: Case, mesh: Any, grad: bool) -> Outcome:
     return outcome
 
 
-def _compiled(cases: Sequence[Case], mesh: Any, backend: str, grad: bool) -> list[Outcome]:
-    prepared = [_prepared(case, mesh, grad) for case in cases]
+def _compiled(
+    cases: Sequence[Case], mesh: Any, backend: str, grad: bool, own: Own
+) -> list[Outcome]:
+    prepared = [_prepared(case, mesh, grad, own) for case in cases]
     calls = [call for call, _ in prepared]
 
     def step(calls: list[Any]) -> list[Any]:
@@ -110,12 +122,12 @@ def _whole(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _prepared(case: Case, mesh: Any, grad: bool) -> tuple[Any, list[Tensor]]:
+def _prepared(case: Case, mesh: Any, grad: bool, own: Own) -> tuple[Any, list[Tensor]]:
     """(op, args, kwargs) with fresh tensors, and those of them that need a gradient."""
     sample = case.load()
     tensors = []
     for given, dim in zip(sample.tensors, case.sharding):
-        tensor = given.detach().clone()
+        tensor = own(given.detach())
         if mesh is not None:
             tensor = distribute_tensor(tensor, mesh, [Replicate() if dim is None else Shard(dim)])
         tensors.append(tensor.requires_grad_(grad and given.requires_grad))

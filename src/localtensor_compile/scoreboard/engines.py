@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ..check.gloo import GlooError, GlooPool
 from ..values.ranked import per_rank_values
-from ..world.mode import LocalTensorMode
+from ..world.mode import LocalTensorMode, replicate
 from . import cases as running
 from . import ops
 from .cases import Case, Outcome
@@ -26,6 +26,7 @@ from .cases import Case, Outcome
 _PATIENCE = {None: 8.0, "aot_eager": 60.0, "inductor": 240.0}
 _LOADING = 300.0
 _SEED = 1
+_ONLY = " (only on rank "
 HANGS = "the ranks wait for each other: not all of them call the same collectives"
 
 
@@ -54,17 +55,25 @@ def simulated(
     cases: Sequence[Case], world_size: int, backend: str | None, *, grad: bool = True
 ) -> list[Results]:
     """On simulated ranks. Compiled, the cases are compiled together."""
+    for case in cases:
+        case.load()  # samples are cached, and torch's functions for them want no mode around them
     with LocalTensorMode(world_size):
         mesh = init_device_mesh("cpu", (world_size,))
-        found = _together(cases, mesh, backend, _SEED, grad=grad)
+        found = _together(cases, mesh, backend, _SEED, grad=grad, own=replicate)
         return [_per_rank(outcome, range(world_size)) for outcome in found]
 
 
-def real(cases: Sequence[Case], world_size: int, backend: str | None) -> list[Results]:
-    """On real gloo ranks; what each rank raises, or that they wait for each other, is a result."""
+def real(
+    cases: Sequence[Case], world_size: int, backend: str | None, *, together: bool = False
+) -> list[Results]:
+    """On real gloo ranks; what each rank raises, or that they wait for each other, is a result.
+
+    Args:
+        together: try all cases in one go, which is fast unless a rank fails where others do not.
+    """
     pool = _pool()
     patience = _PATIENCE.get(backend, _PATIENCE["inductor"])
-    if backend is None and len(cases) > 1:
+    if together and len(cases) > 1:
         with contextlib.suppress(GlooError):
             limit = patience + 0.5 * len(cases)
             by_rank = pool.run(_on_real_rank, world_size, list(cases), None, timeout=limit)
@@ -79,7 +88,7 @@ def real(cases: Sequence[Case], world_size: int, backend: str | None) -> list[Re
             by_rank = pool.run(_on_real_rank, world_size, [case], backend, timeout=patience)
             alone.append({rank: results[0] for rank, results in by_rank.items()})
         except GlooError as error:
-            failed = Result(error=_gloo_text(error))
+            failed = Result(error=_gloo_text(error, world_size))
             alone.append(dict.fromkeys(range(world_size), failed))
     return alone
 
@@ -95,18 +104,32 @@ def _pool() -> GlooPool:
 def _on_real_rank(cases: list[Case], backend: str | None) -> list[Result]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     rank = dist.get_rank()
-    return [_per_rank(o, [rank])[rank] for o in _together(cases, mesh, backend, _SEED)]
+    found = [_per_rank(o, [rank])[rank] for o in _together(cases, mesh, backend, _SEED)]
+    if len(found) == 1 and found[0].error is not None:
+        # The other ranks may wait for this one: they are not left to the end of all patience.
+        raise RaisedOnRank(found[0].error)
+    return found
+
+
+class RaisedOnRank(Exception):
+    """What `describe` makes of an error, on its way from a real rank."""
 
 
 def _together(
-    cases: Sequence[Case], mesh: Any, backend: str | None, seed: int, *, grad: bool = True
+    cases: Sequence[Case],
+    mesh: Any,
+    backend: str | None,
+    seed: int,
+    *,
+    grad: bool = True,
+    own: Callable[[Tensor], Tensor] = Tensor.clone,
 ) -> list[Outcome]:
     torch.manual_seed(seed)
     if backend is None:
-        return running.run(cases, mesh, None, grad=grad)
+        return running.run(cases, mesh, None, grad=grad, own=own)
     with _fresh_compiler() as counters:
         try:
-            found = running.run(cases, mesh, backend, grad=grad)
+            found = running.run(cases, mesh, backend, grad=grad, own=own)
         except Exception as error:
             return [Outcome(error=error) for _ in cases]
         if not counters["stats"]["unique_graphs"]:
@@ -173,10 +196,24 @@ def _first_line(text: str) -> str:
     return re.sub(r"0x[0-9a-f]+", "0x", line)[:240]
 
 
-def _gloo_text(error: GlooError) -> str:
-    texts = sorted({t.strip().splitlines()[-1] for t in error.raised.values() if t.strip()})
+def is_divided(results: Results) -> bool:
+    """Whether real ranks came to different ends, so that some waited for others."""
+    return any(
+        r.error is not None and (r.error == HANGS or _ONLY in r.error) for r in results.values()
+    )
+
+
+def _gloo_text(error: GlooError, world_size: int) -> str:
+    texts: dict[str, list[int]] = {}
+    for rank, raised in sorted(error.raised.items()):
+        text = raised.strip().rpartition("\n")[2].partition(f"{RaisedOnRank.__name__}: ")[2]
+        texts.setdefault(text or raised.strip().rpartition("\n")[2], []).append(rank)
     if texts:
-        return "; ".join(t[:240] for t in texts)
+        alone = len(texts) > 1 or len(error.raised) < world_size
+        return "; ".join(
+            f"{text}{_ONLY}{', '.join(map(str, ranks))})" if alone else text
+            for text, ranks in texts.items()
+        )
     if error.exited:
         return "a rank died"
     return HANGS

@@ -101,14 +101,14 @@ def label(case: Case) -> str:
 
 def _expected(op: str, plan: Plan) -> tuple[list[_Measured], str]:
     """The cases that can be measured, or why there are none."""
-    cases = []
+    cases, why = [], "no sample input of strided tensors"
     for sizes in ops.SIZES:
         try:
             cases += cases_of(op, sizes, plan.samples, plan.shardings)
-        except Exception as error:  # torch's own sample functions need what may be missing here
-            return [], f"no sample inputs: {engines.describe(error)}"
+        except Exception as error:  # torch's sample functions do not all take all sizes
+            why = f"no sample inputs: {engines.describe(error)}"
     if not cases:
-        return [], "no sample input of strided tensors"
+        return [], why
     with_tensors = [case for case in cases if case.sharding]
     if not with_tensors:
         return [], "takes no tensor: DTensor has no part in it"
@@ -138,17 +138,17 @@ def _eager(measured: Sequence[_Measured], world_size: int, steps: Steps) -> None
         else:
             first[text or label(m.case)] = (m, found)
     on_ranks = _on_real_ranks([m.case for m, _ in first.values()], world_size, "first", steps)
-    hung = {}
+    divided = {}
     for (text, (m, found)), real in zip(first.items(), on_ranks):
         fault, evidence = attribution.eager_fault(found, real, m.expected, m.random)
         _blame(m.verdicts["eager"], fault, evidence)
-        if real[0].error == engines.HANGS:
-            hung[text] = fault, evidence
+        if engines.is_divided(real):
+            divided[text] = fault, evidence
     rest = []
     for m, found in others:
         text = _text(m.verdicts["eager"])
-        if text in hung:
-            _blame(m.verdicts["eager"], *hung[text])
+        if text in divided:
+            _blame(m.verdicts["eager"], *divided[text])
         else:
             rest.append((m, found))
     on_ranks = _on_real_ranks([m.case for m, _ in rest], world_size, "rest", steps)
@@ -164,7 +164,7 @@ def _on_real_ranks(
         return []
     return steps.run(
         f"eager on real ranks, {which}",
-        lambda: engines.real(cases, world_size, None),
+        lambda: engines.real(cases, world_size, None, together=which == "rest"),
         lambda text: [{0: Result(error=text)} for _ in cases],
     )
 
