@@ -76,6 +76,10 @@ def test_over_tensor_parallel(hidden):
     eager(data_parallel.over_tensor_parallel, 4, hidden=hidden)
 
 
+def test_sizes_that_differ_between_groups():
+    eager(data_parallel.other_sizes_per_group, 4)
+
+
 # ---------------------------------------------------------------- compiled
 @pytest.mark.parametrize("world", worlds(3))
 def test_compiled_inside_ddp(world):

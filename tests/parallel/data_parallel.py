@@ -281,3 +281,23 @@ def simple_fsdp(
         optimizer.step()
         optimizer.zero_grad()
     return {**results, **parameters(model)}
+
+
+class Scale(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.shift = nn.Parameter(weight), nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).sum() + self.shift
+
+
+def other_sizes_per_group(world: Any) -> dict[str, Any]:
+    """Parameters that are alike within each group of DDP, but not between the groups."""
+    mesh = world.mesh((world.size // 2, 2), ("dp", "tp"))
+    module = Scale(world.rank_map(lambda rank: draw(3 + rank % 2)))
+    wrapped = DistributedDataParallel(module, process_group=mesh.get_group("dp"))
+    for step in range(2):
+        x = world.rank_map(lambda rank, s=step: draw(3 + rank % 2, seed=rank + 10 * s))
+        wrapped(x).square().sum().backward()
+    return {**gradients(wrapped), **parameters(wrapped)}

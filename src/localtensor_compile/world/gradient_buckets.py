@@ -133,6 +133,8 @@ class Reducer:
             self._handles.append(node.register_hook(self._on_gradient(index)))
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copy and pickle ask for them
+            raise AttributeError(name)
         raise UnsupportedError(
             f"DistributedDataParallel's Reducer.{name} is not simulated. Supported are gradient "
             "buckets, no_sync, find_unused_parameters, static_graph, gradient_as_bucket_view and "

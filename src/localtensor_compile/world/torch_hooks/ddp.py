@@ -33,12 +33,9 @@ def replacements() -> Iterator[Replacement]:
     def verify_params(group: Any, params: Any, logger: Any = None) -> None:
         verify_across_ranks(group, params)
 
-    # torch.distributed.utils holds it by name.
-    import torch.distributed.utils as utils
-
-    for owner in (dist, utils):
-        if hasattr(owner, "_verify_params_across_processes"):
-            yield owner, "_verify_params_across_processes", _instead(verify, verify_params)
+    yield dist, "_verify_params_across_processes", _instead(verify, verify_params)
+    coalesced = dist._broadcast_coalesced
+    yield dist, "_broadcast_coalesced", _instead(coalesced, _broadcast_one_by_one)
     # Dynamo would split graphs at buckets, so that communication overlaps with backward. Nothing
     # overlaps here, and AOTAutograd wraps the LocalTensors between the parts twice.
     ddp_class = DistributedDataParallel
@@ -62,6 +59,12 @@ def _instead(original: Any, ours: Any) -> Any:
         return (original if enabled_local_tensor_mode() is None else ours)(*args, **kwargs)
 
     return call
+
+
+def _broadcast_one_by_one(group: Any, tensors: Any, buffer_size: int, src: int = 0) -> None:
+    """Without torch's flat buffers, whose C++ asks for the one size of a tensor."""
+    for tensor in tensors:
+        dist.broadcast(tensor.detach(), group=group, group_src=src)
 
 
 def _no_module(cls: Any) -> None:
