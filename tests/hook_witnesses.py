@@ -21,9 +21,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, _collective_utils, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from localtensor_compile import LocalTensor, LocalTensorMode, rank_map
+from localtensor_compile import LocalTensor, LocalTensorError, LocalTensorMode, World, rank_map
+from tests.parallel import data_parallel
 
 WORLD = 4
 WITNESSES: dict[str, Callable[[], None]] = {}
@@ -392,9 +394,10 @@ def broadcast_of_a_plain_tensor() -> None:
 
 # ---------------------------------------------------------------- FSDP
 FSDP = "torch.distributed.fsdp._fully_shard._fsdp_param"
+FSDP_MEMORY = (f"{FSDP}.alloc_storage", f"{FSDP}.free_storage", f"{FSDP}_group.alloc_storage")
 
 
-@needs(f"{FSDP}.alloc_storage", f"{FSDP}.free_storage", f"{FSDP}._chunk_with_empty")
+@needs(*FSDP_MEMORY, f"{FSDP}._chunk_with_empty")
 def fully_sharded_step() -> None:
     """5 rows on 4 ranks: the chunks of ranks differ, the last one is empty."""
     model = nn.Linear(3, 5, bias=False)
@@ -437,6 +440,47 @@ def fully_sharded_on_a_meta_device() -> None:
     same(model(torch.ones(1, 3)).detach(), [[6.0] * 5])
 
 
+# ---------------------------------------------------------------- DDP
+@needs("torch.distributed.Reducer", "torch.distributed.Logger")
+def averaged_gradients() -> None:
+    model = DistributedDataParallel(nn.Linear(2, 1, bias=False))
+    model(own_rank().view(1, 2)).sum().backward()
+    same(model.module.weight.grad, [[1.5, 1.5]])
+
+
+@needs("torch.distributed._register_comm_hook")
+def communication_hook() -> None:
+    data_parallel.hook(World(WORLD), "halved")
+
+
+@needs("torch.distributed._register_builtin_comm_hook")
+def builtin_communication_hook() -> None:
+    data_parallel.hook(World(WORLD), "ALLREDUCE")
+
+
+@needs(
+    "torch.distributed._compute_bucket_assignment_by_size",
+    "torch.distributed._broadcast_coalesced",
+)
+def parameters_that_differ_between_groups() -> None:
+    data_parallel.other_sizes_per_group(World(WORLD))
+
+
+@needs("torch.distributed._verify_params_across_processes")
+def parameters_that_differ_within_a_group() -> None:
+    model = nn.Linear(2, 1)
+    model.weight = nn.Parameter(rank_map(lambda r: torch.ones(1, 2 + r)))
+    try:
+        DistributedDataParallel(model)
+    except LocalTensorError as error:
+        assert "needs the same module on every rank" in str(error)
+
+
+@needs("DistributedDataParallel._get_active_ddp_module")
+def compiled_around_buckets() -> None:
+    data_parallel.ddp_compiled(World(WORLD, backend="aot_eager"), outside=True, bucket_cap_mb=1e-4)
+
+
 # ---------------------------------------------------------------- splits
 @needs_each(*_both("all_to_all_single"))
 def splits_that_differ(name: str) -> None:
@@ -475,6 +519,37 @@ def uneven_redistribute(name: str) -> None:
         lambda t: (t.redistribute(placements=[Shard(0)]) * 2).full_tensor(), backend="aot_eager"
     )
     same(step(whole), [2.0 * i for i in range(6)])
+
+
+@needs("Shard._custom_chunk")
+def cut_twice() -> None:
+    x = distribute_tensor(torch.arange(3.0), grid(), [Shard(0), Shard(0)])
+    same(x.to_local(), [0.0], [1.0], [2.0], [])
+
+
+@needs_each(
+    "torch._utils._chunk_or_narrow_cat",
+    "torch.distributed._functional_collectives._chunk_or_narrow_cat",
+)
+def gathered_along_another_dimension(name: str) -> None:
+    x = rank_map(lambda r: torch.ones(r // 2 * 2, 2))  # no rows on ranks 0 and 1
+    out = funcol.all_gather_tensor(x, 1, grid().get_group("b"))
+    sizes = [t.shape for t in funcol.wait_tensor(out)._local_tensors.values()]
+    assert sizes == [(0, 4), (0, 4), (2, 4), (2, 4)]
+
+
+@needs_each(
+    "torch.distributed.tensor._api.compute_global_tensor_info",
+    "torch.distributed.tensor._utils.compute_global_tensor_info",
+)
+def global_shape_of_local_tensors(name: str) -> None:
+    """Rank by rank, and so no single shape: as on real ranks, whose guesses differ."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    x = rank_map(
+        lambda r: torch.ones(3, 2 - r // 3).t()
+    )  # strides that compare otherwise on rank 3
+    out = DTensor.from_local(x, mesh, [Shard(0)])
+    assert values(out.shape[0]) == [8, 8, 8, 4]
 
 
 @needs("ShardingPropagator._propagate_tensor_meta_non_cached")

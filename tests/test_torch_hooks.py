@@ -10,7 +10,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from localtensor_compile import LocalTensorMode
 from localtensor_compile.world import torch_hooks
-from tests.hook_witnesses import CUDA, FSDP, WITNESSES, WORLD
+from tests.hook_witnesses import CUDA, FSDP_MEMORY, WITNESSES, WORLD
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional:FutureWarning")
 
@@ -35,6 +35,8 @@ def installed_names():
 ALIASES = (
     ("torch.distributed.distributed_c10d.", "torch.distributed."),
     ("torch.random.", "torch."),
+    ("torch.distributed.tensor._api.", "torch.distributed.tensor._utils."),
+    ("torch.distributed._functional_collectives.", "torch._utils."),
 )
 
 
@@ -44,9 +46,8 @@ def with_aliases(name):
         for module in modules:
             if name.startswith(module) and "." not in name.removeprefix(module):
                 return {other + name.removeprefix(module) for other in modules}
-    # Without one of the two, memory that was freed is written to: the process would die.
-    memory = {f"{FSDP}.alloc_storage", f"{FSDP}.free_storage"}
-    return memory if name in memory else {name}
+    # Without one of these, memory that was freed is written to: the process would die.
+    return set(FSDP_MEMORY) if name in FSDP_MEMORY else {name}
 
 
 @contextlib.contextmanager
