@@ -41,7 +41,7 @@ SIZES = {
 }
 
 
-def train_step(world: Any, model: nn.Module, steps: int = 1) -> dict[str, Any]:
+def train_step(world: Any, model: nn.Module) -> dict[str, Any]:
     """One optimizer step: loss, logits, gradients and new parameters."""
     model.train()
     forward = world.compile(model)
@@ -51,10 +51,13 @@ def train_step(world: Any, model: nn.Module, steps: int = 1) -> dict[str, Any]:
     out = forward(input_ids=tokens, labels=tokens)
     out.loss.backward()
     results = {"loss": out.loss, "logits": out.logits}
-    for name, parameter in model.named_parameters():
-        results[f"grad {name}"] = parameter.grad
+    parameters = {  # without the names that parametrize puts between
+        name.replace(".parametrizations.", ".").removesuffix(".original"): parameter
+        for name, parameter in model.named_parameters()
+    }
+    results |= {f"grad {name}": parameter.grad for name, parameter in parameters.items()}
     optimizer.step()
-    return results | {name: p.detach() for name, p in model.named_parameters()}
+    return results | {name: p.detach() for name, p in parameters.items()}
 
 
 # ---- Llama
