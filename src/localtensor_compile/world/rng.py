@@ -290,6 +290,12 @@ def _trunc_normal(original: Any) -> Any:
 
     @functools.wraps(original, updated=())
     def trunc_normal(tensor: Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> Tensor:
+        shard = getattr(tensor, "_local_tensor", None)  # of a DTensor
+        if isinstance(shard, LocalTensor) and shard.device.type == "cpu":
+            # Real CPU ranks draw into their own shard, and DTensor drops a generator there.
+            trunc_normal(shard, *args, **kwargs)
+            torch.autograd.graph.increment_version(tensor)
+            return tensor
         if not isinstance(tensor, LocalTensor) or tracing_active():
             return original(tensor, *args, generator=generator, **kwargs)
         shards = tensor._local_tensors
