@@ -4,6 +4,7 @@ from typing import Any
 
 from . import _c10d as _c10d
 from . import dispatch as dispatch
+from .check.independence import check_sharding_independence as check_sharding_independence
 from .check.program import ProgramError as ProgramError
 from .check.program import World as World
 from .check.report import CheckFailed as CheckFailed

@@ -129,3 +129,27 @@ def reseeded(world: Any) -> dict[str, Any]:
     # DTensor takes the generator away from a draw of a CPU tensor.
     y = x.clone().normal_(generator=generator)
     return {"before": before, "x": x, "y": y, "after": torch.rand(2, generator=generator)}
+
+
+def independent(world: Any, placement: Any = None) -> dict[str, Any]:
+    """Only draws: nothing that depends on the order of a sum."""
+    block, mesh = parallel_block(world)
+    block.init_weights()
+    for child in (block.embedding,):
+        child.weight = nn.Parameter(distribute_tensor(child.weight.detach(), mesh, [Shard(0)]))
+        child.reset_parameters()
+    found: dict[str, Any] = {
+        name: p for name, p in block.named_parameters() if isinstance(p, DTensor)
+    }
+    x = distribute_tensor(draw(7, 5), mesh, [Shard(0) if placement is None else placement])
+    x = x.detach().requires_grad_()
+
+    def step(x: Any) -> list[Any]:
+        y = F.dropout(x, 0.4)
+        z = torch.rand_like(x) + torch.randn_like(x) + torch.randint_like(x, 2, 9)
+        return [y.detach(), F.dropout(y * z, 0.3), torch.empty_like(x).uniform_(-1, 2).detach()]
+
+    results = world.compile(step)(x)
+    results[1].sum().full_tensor().backward()
+    found["rand"] = torch.distributed.tensor.rand(5, 3, device_mesh=mesh, placements=[Shard(0)])
+    return {**found, "grad": x.grad, **{f"result {i}": r for i, r in enumerate(results)}}

@@ -159,8 +159,16 @@ def destroy_simulated_process_group() -> None:
 def function_mode(mode: Any) -> Any:
     """The torch function mode that turns factories into per-rank factories."""
     from ..factories import FactoryMode
+    from ..independent_rng import IndependentFactoryMode
 
-    return FactoryMode(mode)
+    return (IndependentFactoryMode if mode.sharding_independent_rng else FactoryMode)(mode)
+
+
+def independent_draws() -> contextlib.AbstractContextManager[None]:
+    """Context manager: a DTensor draws the global tensor, whatever its sharding."""
+    from ..independent_rng import tracking
+
+    return tracking()
 
 
 def rank_generators(mode: Any) -> Any:
