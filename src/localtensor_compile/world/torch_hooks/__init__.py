@@ -5,7 +5,7 @@ takes them out when the last one is left. Each replacement asks for the mode of 
 calls the original where there is none, so other threads see no change. On leaving, a name that
 somebody else replaced meanwhile is reported instead of being overwritten.
 
-autograd.py, distributed.py, dtensor.py and random.py each yield (owner, attribute, replacement).
+Each module here yields (owner, attribute, replacement).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ MISSING: Any = object()
 
 def all_replacements() -> Iterator[Replacement]:
     """Every (owner, attribute, replacement), built fresh from what torch has now."""
-    from . import autograd, distributed, dtensor, factories, random
+    from . import autograd, checkpoint, distributed, dtensor, factories, random
 
     # factories.py wraps what random.py has replaced.
-    for module in (autograd, distributed, dtensor, random, factories):
+    for module in (autograd, distributed, dtensor, checkpoint, random, factories):
         yield from module.replacements()
 
 
