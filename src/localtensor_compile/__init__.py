@@ -4,6 +4,7 @@ from typing import Any
 
 from . import _c10d as _c10d
 from . import dispatch as dispatch
+from .check.independence import check_sharding_independence as check_sharding_independence
 from .check.matrix import MatrixReport as MatrixReport
 from .check.matrix import matrix as matrix
 from .check.program import ProgramError as ProgramError

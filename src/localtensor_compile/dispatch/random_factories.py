@@ -24,6 +24,7 @@ from .._torch import (
 from ..errors import PlainTensorError, UnsupportedError
 from ..values.ranked import per_rank_values, pick_tree
 from ..values.tensor import LocalTensor, _checked_shards, _wrap
+from . import whole_draws
 from .draws import Draw, traced_generator_error
 from .generators import CPU, current, is_default
 from .random_nodes import NODES, RANDPERM, Node
@@ -60,6 +61,9 @@ def random_factory(func: Any, ranks: Collection[int], args: Args, kwargs: Kwargs
         )
     refuse_in_vmap(func)
     ranks = tuple(sorted(ranks))
+    whole = whole_draws.active()
+    if whole is not None:  # torch.distributed.tensor.rand and randn
+        return whole.keep_pieces(lambda: random_factory(func, ranks, (whole.shape,), kwargs))
     if tracing_active():
         return _traced(func, ranks, args, kwargs)
     return _eager(func, ranks, args, kwargs)

@@ -25,6 +25,7 @@ from .per_rank import OpPlan, run_per_rank
 from .random_factories import RANDOM_FACTORIES as RANDOM_FACTORIES
 from .random_factories import random_factory as random_factory
 from .random_nodes import NODES
+from .whole_draws import active, draw_pieces
 
 aten = torch.ops.aten
 
@@ -84,6 +85,9 @@ class RandomOp:
                 "layers."
             )
         args, kwargs, generator = self._split_generator(args, kwargs)
+        whole = active()
+        if whole is not None:
+            return draw_pieces(whole, self.func, self._values(args, kwargs))
         shards = local._local_tensors
         if type(next(iter(shards.values()))) is not Tensor or tracing_active():
             if generator is not None:
@@ -118,14 +122,19 @@ class RandomOp:
             generator = None  # what torch.manual_seed returns: each rank's own
         return args, kwargs, generator
 
-    # ---- while a graph is traced
-    def _run_traced(
-        self, ranks: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Every argument but the generator, by name."""
         values: dict[str, Any] = {}
         for i, a in enumerate(a for a in self.arguments if "Generator" not in str(a.type)):
             default = a.default_value if a.has_default_value() else None
             values[a.name] = args[i] if i < len(args) else kwargs.get(a.name, default)
+        return values
+
+    # ---- while a graph is traced
+    def _run_traced(
+        self, ranks: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        values = self._values(args, kwargs)
         if self._traced is None:
             self._traced = _traced_form(self.func)
         return self._traced(ranks, values)

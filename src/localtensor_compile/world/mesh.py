@@ -13,7 +13,7 @@ import torch
 from .._torch import current_fake_mode, mesh_rank_grids
 from ..errors import WorldError
 from ..values.int_node import make_int
-from .state import enabled_local_tensor_mode
+from .state import acting, enabled_local_tensor_mode
 
 _coordinates: dict[tuple[Any, ...], list[dict[int, int]]] = {}
 
@@ -55,6 +55,8 @@ def coordinates(mesh: Any, ranks: tuple[int, ...]) -> list[dict[int, int]] | Non
 
 
 def _ranks() -> tuple[int, ...]:
+    if acting.rank is not None:
+        return (acting.rank,)
     mode = enabled_local_tensor_mode()
     if mode is None:
         raise WorldError("a per-rank mesh coordinate was asked for outside LocalTensorMode.")

@@ -34,6 +34,9 @@ class LocalTensorMode:
         ranks: the number of ranks (0 to ranks-1), or the ranks themselves.
         reduction: association order of floating point reductions in collectives: "gloo" (bit for
             bit what real gloo processes compute) or "rank_order" (a left fold in rank order).
+        sharding_independent_rng: whether random ops on a DTensor draw the global tensor, so that
+            its values depend on neither placements nor number of ranks. Real ranks draw into their
+            own shards, which is the default here too. Ranks must be seeded alike.
 
     Where no process group exists, one of max(ranks)+1 simulated ranks is made on entry and
     destroyed on exit; torch.distributed functions work on it. Modes nest: the innermost counts.
@@ -42,7 +45,13 @@ class LocalTensorMode:
         WorldError: no ranks, or ranks outside an existing process group.
     """
 
-    def __init__(self, ranks: int | Collection[int], *, reduction: str = "gloo") -> None:
+    def __init__(
+        self,
+        ranks: int | Collection[int],
+        *,
+        reduction: str = "gloo",
+        sharding_independent_rng: bool = False,
+    ) -> None:
         if isinstance(ranks, int):
             if ranks < 1:
                 raise WorldError(
@@ -65,6 +74,7 @@ class LocalTensorMode:
         self.ranks: frozenset[int] = frozenset(ranks)
         self._sorted_ranks: tuple[int, ...] = tuple(sorted(self.ranks))
         self.reduction = reduction
+        self.sharding_independent_rng = sharding_independent_rng
         self._disable = True
         self._exits: list[contextlib.ExitStack] = []
         self._function_mode = torch_hooks.function_mode(self)
@@ -87,6 +97,8 @@ class LocalTensorMode:
             stack.enter_context(torch_hooks.installed())
             stack.enter_context(torch_hooks.cache_key(self._fingerprint))
             stack.enter_context(self._rng)
+            if self.sharding_independent_rng:
+                stack.enter_context(torch_hooks.independent_draws())
             stack.enter_context(self._function_mode)
             self._exits.append(stack.pop_all())
         return self
@@ -100,7 +112,8 @@ class LocalTensorMode:
         self._exits.pop().__exit__(exc_type, exc, traceback)
 
     def _fingerprint(self) -> str:
-        return groups.fingerprint(self._sorted_ranks)
+        text = groups.fingerprint(self._sorted_ranks)
+        return f"{text};sharding_independent_rng" if self.sharding_independent_rng else text
 
     def disable_(self) -> None:
         """Stop simulating until `enable_`: factories make plain tensors, the rank is one int."""

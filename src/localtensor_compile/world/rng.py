@@ -290,6 +290,20 @@ def _trunc_normal(original: Any) -> Any:
 
     @functools.wraps(original, updated=())
     def trunc_normal(tensor: Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> Tensor:
+        shard = getattr(tensor, "_local_tensor", None)  # of a DTensor
+        if isinstance(shard, LocalTensor) and shard.device.type == "cpu":
+            # Real CPU ranks draw into their own shard, and DTensor drops a generator there.
+            mode = enabled_local_tensor_mode()
+            if mode is not None and mode.sharding_independent_rng:
+                from .independent_rng import whole_of
+
+                whole = whole_of(tensor._spec, mode._sorted_ranks)
+                memory = shard.new_empty(whole.shape)
+                shard.copy_(whole.keep_pieces(lambda: trunc_normal(memory, *args, **kwargs)))
+            else:
+                trunc_normal(shard, *args, **kwargs)
+            torch.autograd.graph.increment_version(tensor)
+            return tensor
         if not isinstance(tensor, LocalTensor) or tracing_active():
             return original(tensor, *args, generator=generator, **kwargs)
         shards = tensor._local_tensors

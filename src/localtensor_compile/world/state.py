@@ -36,3 +36,11 @@ def enabled_local_tensor_mode() -> LocalTensorMode | None:
     """The innermost LocalTensorMode if it is not disabled, or None."""
     mode = local_tensor_mode()
     return None if mode is None or mode._disable else mode
+
+
+class _Acting(threading.local):
+    rank: int | None = None
+
+
+acting = _Acting()
+"""`acting.rank`: the one rank that this thread is, in code that runs in a thread per rank."""

@@ -29,10 +29,30 @@ MISSING: Any = object()
 
 def all_replacements() -> Iterator[Replacement]:
     """Every (owner, attribute, replacement), built fresh from what torch has now."""
-    from . import autograd, collectives, ddp, distributed, dtensor, factories, fsdp, random
+    from . import (
+        autograd,
+        checkpoint,
+        collectives,
+        ddp,
+        distributed,
+        dtensor,
+        factories,
+        fsdp,
+        random,
+    )
 
     # factories.py wraps what random.py has replaced.
-    for module in (autograd, distributed, collectives, dtensor, fsdp, ddp, random, factories):
+    for module in (
+        autograd,
+        distributed,
+        collectives,
+        dtensor,
+        fsdp,
+        ddp,
+        checkpoint,
+        random,
+        factories,
+    ):
         yield from module.replacements()
 
 
@@ -159,8 +179,16 @@ def destroy_simulated_process_group() -> None:
 def function_mode(mode: Any) -> Any:
     """The torch function mode that turns factories into per-rank factories."""
     from ..factories import FactoryMode
+    from ..independent_rng import IndependentFactoryMode
 
-    return FactoryMode(mode)
+    return (IndependentFactoryMode if mode.sharding_independent_rng else FactoryMode)(mode)
+
+
+def independent_draws() -> contextlib.AbstractContextManager[None]:
+    """Context manager: a DTensor draws the global tensor, whatever its sharding."""
+    from ..independent_rng import tracking
+
+    return tracking()
 
 
 def rank_generators(mode: Any) -> Any:

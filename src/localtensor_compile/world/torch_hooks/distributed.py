@@ -20,9 +20,9 @@ from ...collectives import objects
 from ...collectives.groups import register_family
 from ...compile.dynamo_support import rank_constant
 from ...values.int_node import make_int
-from .. import torch_hooks
+from .. import rank_threads, torch_hooks
 from ..mesh import MeshMethods, per_rank_int, plain_mesh_args
-from ..state import enabled_local_tensor_mode
+from ..state import acting, enabled_local_tensor_mode
 
 Replacement = tuple[Any, str, Any]
 MISSING: Any = torch_hooks.MISSING
@@ -55,6 +55,16 @@ def when_enabled(original: Any, replacement: Callable[..., Any]) -> Any:
     return wrapper
 
 
+def _when_acting(ours: Callable[..., Any], otherwise: Any) -> Any:
+    """`ours(*args)` in a thread that is one rank, else `otherwise`."""
+
+    @functools.wraps(otherwise)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return (otherwise if acting.rank is None else ours)(*args, **kwargs)
+
+    return wrapper
+
+
 # ---------------------------------------------------------------- meshes
 _MESH_METHODS = (
     "get_coordinate",
@@ -76,7 +86,7 @@ def _mesh() -> Iterator[Replacement]:
         def replacement(original: Any, mode: Any, *args: Any, _ours: Any = ours, **kw: Any) -> Any:
             return _ours(*args, **kw)
 
-        yield mesh_class, name, when_enabled(original, replacement)
+        yield mesh_class, name, _when_acting(ours, when_enabled(original, replacement))
 
     def init(original: Any, mode: Any, *args: Any, **kwargs: Any) -> None:
         args, kwargs = plain_mesh_args(args, kwargs)
@@ -181,6 +191,8 @@ def _ranks() -> Iterator[Replacement]:
 
     @functools.wraps(own_rank)
     def rank(self: Any) -> Any:
+        if acting.rank is not None:
+            return dist.get_group_rank(self, acting.rank) if self.size() > 1 else 0
         mode = enabled_local_tensor_mode()
         if mode is None or _pretended:
             return _pretended[-1] if _pretended else own_rank(self)
@@ -292,5 +304,6 @@ def _objects() -> Iterator[Replacement]:
             return _ours(mode._sorted_ranks, *args, **kw)
 
         wrapped = when_enabled(getattr(c10d, name), replacement)
+        wrapped = _when_acting(getattr(rank_threads, name), wrapped)
         yield c10d, name, wrapped
         yield dist, name, wrapped

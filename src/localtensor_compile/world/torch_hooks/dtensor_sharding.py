@@ -48,9 +48,21 @@ def _once_per_rank() -> Iterator[Replacement]:
     yield placement_types.Shard, "_custom_chunk", staticmethod(per_rank_chunk)
     name = "_chunk_or_narrow_cat"  # of all_gather and reduce_scatter along another dimension
     if hasattr(torch._utils, name):
-        chunk_cat = per_rank_code.maybe_run_for_local_tensor(getattr(torch._utils, name))
+        chunk_cat = _chunks_per_rank(getattr(torch._utils, name))
         for module in (torch._utils, funcol):
             yield module, name, chunk_cat
+
+
+def _chunks_per_rank(original: Any) -> Any:
+    per_rank = per_rank_code.maybe_run_for_local_tensor(original)
+
+    @functools.wraps(original)
+    def chunk_cat(tensor: Any, num_chunks: int, narrow_dim: int, cat_dim: int = 0) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # which skips the original unless found by name
+            return torch.cat(torch.chunk(tensor, num_chunks, dim=narrow_dim), dim=cat_dim)
+        return per_rank(tensor, num_chunks, narrow_dim, cat_dim)
+
+    return chunk_cat
 
 
 def _plain(builtin: Any) -> Any:

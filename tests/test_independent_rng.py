@@ -1,0 +1,105 @@
+"""LocalTensorMode(sharding_independent_rng=True): draws of a DTensor are those of the whole."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import localtensor_compile as lt
+from localtensor_compile.check.program import World
+from tests.parallel import dtensor_random as programs
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:DTensor .* may not have complete support:UserWarning"
+)
+BACKENDS = [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_world_sizes_and_placements(backend):
+    first = None
+    for placement in (Shard(0), Shard(-1), Replicate()):
+        program = functools.partial(programs.independent, placement=placement)
+        found = lt.check_sharding_independence(program, backend=backend)
+        first = first or found
+        assert all(torch.equal(first[name], value) for name, value in found.items())
+    assert {"up.weight", "down.weight", "embedding.weight", "result 1"} <= first.keys()
+
+
+def test_as_one_process_that_holds_the_whole_tensor():
+    torch.manual_seed(5)
+    expected = [F.dropout(torch.ones(7, 5), 0.4), torch.empty(7, 5).normal_(), torch.rand(3)]
+    with lt.LocalTensorMode(3, sharding_independent_rng=True):
+        torch.manual_seed(5)
+        x = distribute_tensor(torch.ones(7, 5), World(3).mesh(), [Shard(0)])
+        found = [F.dropout(x, 0.4).full_tensor(), torch.empty_like(x).normal_().full_tensor()]
+        found.append(torch.rand(3))
+        for mine, theirs in zip(found, expected):
+            assert torch.equal(mine.reconcile(), theirs)
+
+
+def test_by_default_draws_depend_on_sharding():
+    """As on real CPU ranks: what the check must find."""
+    found = []
+    for world in (2, 3):
+        with lt.LocalTensorMode(world):
+            x = distribute_tensor(torch.ones(7, 5), World(world).mesh(), [Shard(0)])
+            found.append(torch.rand_like(x).full_tensor().reconcile())
+    assert not torch.equal(*found)
+
+
+def per_rank(world):
+    return {"x": distribute_tensor(torch.zeros(6), world.mesh(), [Shard(0)]) + world.size}
+
+
+def test_check_finds_values_that_depend_on_the_world():
+    with pytest.raises(lt.CheckFailed, match=r"'x' on 2 ranks is not what it is on 1"):
+        lt.check_sharding_independence(per_rank)
+
+
+def test_compiled_code_is_not_shared_with_other_modes():
+    step = torch.compile(torch.rand_like, backend="aot_eager")
+
+    def draw(**option):
+        with lt.LocalTensorMode(2, **option):
+            torch.manual_seed(1)
+            x = distribute_tensor(torch.ones(6), World(2).mesh(), [Shard(0)])
+            return step(x).full_tensor().reconcile()
+
+    own = draw()
+    whole = draw(sharding_independent_rng=True)
+    assert torch.equal(own[:3], own[3:])  # each rank's own draw, seeded alike
+    assert not torch.equal(whole[:3], whole[3:])
+    assert torch.equal(draw(), own)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_ranks_must_be_seeded_alike(backend):
+    with lt.LocalTensorMode(2, sharding_independent_rng=True):
+        torch.manual_seed(torch.distributed.get_rank())
+        x = distribute_tensor(torch.ones(6), World(2).mesh(), [Shard(0)])
+        step = World(2, backend=backend).compile(torch.rand_like)
+        with pytest.raises(lt.RankDivergence, match="same value on every rank, but the shards"):
+            step(x)
+
+
+def refusal(draw, placements=None, shape=(2,)):
+    with lt.LocalTensorMode(4, sharding_independent_rng=True):
+        mesh = World(4).mesh(shape if len(shape) > 1 else (4,))
+        x = distribute_tensor(torch.full((8, 4), 0.5), mesh, placements or [Shard(0)])
+        with pytest.raises(lt.UnsupportedError) as raised:
+            draw(x)
+    return str(raised.value)
+
+
+def test_refusals():
+    assert "torch.rand_like(p) < p instead of torch.bernoulli(p)" in refusal(torch.bernoulli)
+    generator = torch.Generator()
+    text = refusal(lambda x: x.normal_(generator=generator))
+    assert "DTensor itself ignores the generator of CPU tensors" in text
+    strided = [_StridedShard(0, split_factor=2), Shard(0)]
+    text = refusal(lambda x: x.normal_(), strided, (2, 2))
+    assert "only where each rank holds one block" in text
