@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from localtensor_compile import LocalTensor, LocalTensorMode, rank_map, replicate
+from localtensor_compile.errors import CollectiveError
 
 BACKENDS = [
     None,
@@ -218,3 +219,70 @@ def test_bad_placement_is_refused_as_by_torch():
         mesh = init_device_mesh("cpu", (2,))
         with pytest.raises(AssertionError, match="Sharding dim 3 greater than tensor ndim 1"):
             distribute_tensor(torch.zeros(4), mesh, [Shard(3)])
+
+
+# ---------------------------------------------------------------- found by the scoreboard
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("index", [0, 5])
+def test_embedding_of_one_index(world_size, index):
+    """DTensor masks the row with a 0-dim bool, which differs between ranks."""
+    weight = draw(7, 3)
+    with LocalTensorMode(world_size):
+        mesh = init_device_mesh("cpu", (world_size,))
+        sharded = distribute_tensor(replicate(weight), mesh, [Shard(0)]).requires_grad_()
+        at = distribute_tensor(replicate(torch.tensor(index)), mesh, [Replicate()])
+        out = F.embedding(at, sharded)
+        out.sum().backward()
+        assert_every_rank(out, weight[index])
+        assert_every_rank(
+            sharded.grad, F.one_hot(torch.tensor(index), 7)[:, None].expand(7, 3).float()
+        )
+
+
+def test_bool_of_each_rank_as_index():
+    x = draw(3, 4)
+    flags = {rank: torch.tensor(rank != 1) for rank in range(3)}
+    writes = (
+        lambda t, b: t.__setitem__((b, slice(None)), 0.0),
+        lambda t, b: t.__setitem__(b, torch.full((4,), 7.0)),
+        lambda t, b: t.__setitem__((slice(1, 3), b), -1.0),
+    )
+    with LocalTensorMode(3):
+        changed = [replicate(x) for _ in writes]
+        for target, write in zip(changed, writes):
+            write(target, LocalTensor(flags))
+        read = replicate(x)[:, LocalTensor(flags)]
+    for rank, flag in flags.items():
+        for target, write in zip(changed, writes):
+            expected = x.clone()
+            write(expected, flag)
+            assert torch.equal(target._local_tensors[rank], expected)
+        assert torch.equal(read._local_tensors[rank], x[:, flag])
+
+
+def test_tangent_with_other_strides_than_traced():
+    """A shard of one column has the strides of both layouts, its gradient those of one of them."""
+    x = draw(1, 2, 3)
+    with LocalTensorMode(2):
+        mesh = init_device_mesh("cpu", (2,))
+        leaf = distribute_tensor(replicate(x), mesh, [Shard(2)]).requires_grad_()
+        step = compiled(lambda t: t.transpose(-1, -2).full_tensor(), "aot_eager")
+        out = step(leaf)
+        weights = draw(1, 3, 2, seed=1)
+        (grad,) = torch.autograd.grad(out, leaf, weights)
+        require_one_graph("aot_eager")
+        assert_every_rank(grad, weights.transpose(-1, -2))
+
+
+def test_gradient_that_is_a_conjugate_view_is_refused_as_on_real_ranks():
+    x = draw(4, 5, 6)
+    with LocalTensorMode(4):
+        mesh = init_device_mesh("cpu", (4,))
+        leaf = distribute_tensor(replicate(x), mesh, [Shard(0)]).requires_grad_()
+        out = torch.fft.ihfft(leaf, n=10, dim=1, norm="ortho").full_tensor()
+        with pytest.raises(
+            CollectiveError,
+            match=r"all_gather_into_tensor of a complex tensor .* Call resolve_conj\(\) on it, or "
+            r"on the output whose gradient it is, first\.",
+        ):
+            torch.autograd.grad(out, leaf, torch.ones(4, 6, 6, dtype=torch.complex64))

@@ -297,6 +297,14 @@ def test_op_without_a_rule_is_dtensors():
     assert verdicts(record, "aot_eager") == []  # what fails in eager is not compiled
 
 
+def test_value_that_real_ranks_get_wrong_too_is_dtensors():
+    """The gradient of a mean over shards, divided by the size of the shard."""
+    record, _ = run_measure("nn.functional.soft_margin_loss")
+    found = verdicts(record, "eager")[1]
+    assert (found["kind"], found["fault"]) == ("wrong", "DTensor")
+    assert found["reason"].endswith("[real ranks get the same values]")
+
+
 def test_op_that_cannot_be_traced_is_torch_compiles():
     record, _ = run_measure("equal", backends=("eager", "aot_eager"))
     assert {v["kind"] for v in verdicts(record, "eager")} == {"equal", "none"}

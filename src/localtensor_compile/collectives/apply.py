@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import CollectiveError, per_rank_text
 from ..values.rank_node import is_ranked
@@ -39,6 +40,19 @@ def local(tensor: Any, what: str) -> LocalTensor:
         "Every operand of one collective needs a shard per rank: create it inside "
         "LocalTensorMode, or with rank_map."
     )
+
+
+def require_resolved(tensor: LocalTensor, what: str) -> None:
+    """Refuse a conjugate view, as real process groups do: its memory holds other values.
+
+    torch resolves it before a collective, but not inside a DTensor's redistribution in backward.
+    """
+    if any(type(t) is Tensor and t.is_conj() for t in tensor._local_tensors.values()):
+        raise CollectiveError(
+            f"{what} of a complex tensor of shape {tuple(tensor.shape)} whose conjugation is not "
+            "resolved: real ranks fail here too, in view_as_real. Call resolve_conj() on it, or on "
+            "the output whose gradient it is, first."
+        )
 
 
 def locate(tensor: LocalTensor, group: Any) -> Groups:

@@ -43,6 +43,7 @@ def _member_groups(tensor: Any, group_name: Any, what: str) -> tuple[LocalTensor
     tensor = apply.local(tensor, what)
     groups = apply.locate(tensor, group_name)
     apply.require_members(groups, tensor, what)
+    apply.require_resolved(tensor, what)
     return tensor, groups
 
 

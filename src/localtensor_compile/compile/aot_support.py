@@ -150,6 +150,9 @@ def replacements() -> list[tuple[Any, str, Any]]:
     def process_runtime_tangent(x: Any, meta: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(meta, "original_subclass_type", None) is LocalTensor and type(x) is Tensor:
             x = _replicated_tangent(x, meta)
+        elif type(x) is LocalTensor:
+            # AOTAutograd replaces shards whose strides are not the traced ones; the caller's stay.
+            x = LocalTensor(dict(x._local_tensors))
         return process(x, meta, *args, **kwargs)
 
     found = []

@@ -26,6 +26,7 @@ from .cases import Case, Outcome
 _PATIENCE = {None: 8.0, "aot_eager": 60.0, "inductor": 240.0}
 _LOADING = 300.0
 _SEED = 1
+_BROKEN = re.compile(r"gloo/transport|Connection (reset|closed) by peer")
 _ONLY = " (only on rank "
 HANGS = "the ranks wait for each other: not all of them call the same collectives"
 
@@ -185,7 +186,10 @@ def describe(error: BaseException | None) -> str | None:
     inner = getattr(error, "inner_exception", None)
     if isinstance(inner, BaseException):
         return describe(inner)
-    return f"{type(error).__name__}: {_first_line(str(error))}"
+    line = _first_line(str(error))
+    if len(line) < 4 and error.__cause__ is not None:  # the text of a KeyError, passed on
+        line = f"{line} (from {describe(error.__cause__)})"
+    return f"{type(error).__name__}: {line}"
 
 
 def _first_line(text: str) -> str:
@@ -207,6 +211,8 @@ def _gloo_text(error: GlooError, world_size: int) -> str:
     texts: dict[str, list[int]] = {}
     for rank, raised in sorted(error.raised.items()):
         text = raised.strip().rpartition("\n")[2].partition(f"{RaisedOnRank.__name__}: ")[2]
+        if _BROKEN.search(text):  # names ports, which are others each time
+            text = "a collective broke off: the ranks call different ones, or with different sizes"
         texts.setdefault(text or raised.strip().rpartition("\n")[2], []).append(rank)
     if texts:
         alone = len(texts) > 1 or len(error.raised) < world_size

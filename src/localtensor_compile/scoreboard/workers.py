@@ -26,6 +26,9 @@ _LARGEST = 4 << 30
 _LOSSES = 12
 # For a process to import torch and the op database, in seconds.
 _STARTING = 300.0
+# For one without work to close what it holds.
+_LEAVING = 10.0
+_IDLE = "idle"
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def run(
                     at(worker.task, value)
                     continue
                 if kind == "record":
+                    worker.step = _IDLE
                     done(value[0])
                     if waiting and value[1] < _LARGEST:
                         _give(worker, waiting.pop(), lost)
@@ -133,8 +137,13 @@ def _receive(worker: _Worker) -> tuple[str, Any]:
 
 
 def _end(worker: _Worker) -> None:
-    """The worker, and the real ranks that it may have started: they are of its process group."""
+    """Let the worker go; one that hangs is killed with the compilers that it has started.
+
+    Real ranks notice by themselves that the process they belong to is gone.
+    """
     worker.channel.close()
+    if worker.step == _IDLE:
+        worker.process.join(_LEAVING)
     with contextlib.suppress(OSError):
         os.killpg(worker.process.pid, signal.SIGKILL)
     worker.process.kill()

@@ -264,7 +264,10 @@ def _shard_property(rank: int) -> property:
                 f"{list(self._local_tensors)}"
             ) from None
 
-    return property(shard, doc=f"The shard of rank {rank}.")
+    def replace(self: LocalTensor, value: Tensor) -> None:
+        self._local_tensors[rank] = value
+
+    return property(shard, replace, doc=f"The shard of rank {rank}. AOTAutograd replaces it.")
 
 
 def _define_rank(rank: int) -> None:
