@@ -7,17 +7,23 @@ with all but one.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import io
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+import torch.distributed.checkpoint as checkpoint_module
 import torch.distributed.distributed_c10d as c10d
 import torch.distributed.nn.functional as dist_nn
 from torch import nn
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, _collective_utils, distribute_tensor
@@ -479,6 +485,52 @@ def parameters_that_differ_within_a_group() -> None:
 @needs("DistributedDataParallel._get_active_ddp_module")
 def compiled_around_buckets() -> None:
     data_parallel.ddp_compiled(World(WORLD, backend="aot_eager"), outside=True, bucket_cap_mb=1e-4)
+
+
+# ---------------------------------------------------------------- checkpoints
+def new_folder() -> str:
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _checkpointed() -> tuple[dict[str, Any], str]:
+    """A state dict that was saved, and where."""
+    x = distribute_tensor(torch.arange(6.0), init_device_mesh("cpu", (WORLD,)), [Shard(0)])
+    folder = new_folder()
+    checkpoint_module.save({"x": x}, checkpoint_id=folder)
+    return {"x": x}, folder
+
+
+@needs("torch.distributed.checkpoint.state_dict_saver._save_state_dict")
+def saved_by_every_rank() -> None:
+    _, folder = _checkpointed()
+    files = sorted(p.name for p in Path(folder).iterdir())
+    assert files == [".metadata", *(f"__{r}_0.distcp" for r in range(WORLD))], files
+
+
+@needs("torch.distributed.checkpoint.state_dict_loader._load_state_dict")
+def loaded_by_every_rank() -> None:
+    state, folder = _checkpointed()
+    with torch.no_grad():
+        state["x"].zero_()
+    checkpoint_module.load(state, checkpoint_id=folder)
+    same(state["x"].to_local(), [0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [])
+
+
+@needs_each(
+    "torch.distributed.checkpoint.async_save",
+    "torch.distributed.checkpoint.state_dict_saver.async_save",
+)
+def asynchronous_checkpoint(name: str) -> None:
+    from localtensor_compile import UnsupportedError
+
+    module = checkpoint_module if name.endswith("checkpoint.async_save") else state_dict_saver
+    try:
+        module.async_save({"x": torch.ones(2)}, checkpoint_id=new_folder())
+    except UnsupportedError:
+        return
+    raise AssertionError("a thread that knows no ranks was started")
 
 
 # ---------------------------------------------------------------- splits
