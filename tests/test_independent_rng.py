@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import localtensor_compile as lt
@@ -103,3 +103,74 @@ def test_refusals():
     strided = [_StridedShard(0, split_factor=2), Shard(0)]
     text = refusal(lambda x: x.normal_(), strided, (2, 2))
     assert "only where each rank holds one block" in text
+
+
+# ---- every random op that torch has
+SAME = {
+    "uniform_": lambda x: x.uniform_(),
+    "normal_": lambda x: x.normal_(),
+    "bernoulli_": lambda x: x.bernoulli_(0.4),
+    "cauchy_": lambda x: x.cauchy_(),
+    "exponential_": lambda x: x.exponential_(),
+    "geometric_": lambda x: x.geometric_(0.3),
+    "log_normal_": lambda x: x.log_normal_(),
+    "rand_like": torch.rand_like,
+    "randn_like": torch.randn_like,
+    "randint_like": lambda x: torch.randint_like(x, 3, 10),
+    "dropout": F.dropout,
+    "dropout1d": F.dropout1d,
+    "alpha_dropout": lambda x: F.alpha_dropout(x, training=True),
+    "feature_alpha_dropout": lambda x: F.feature_alpha_dropout(x, training=True),
+    "rrelu": lambda x: F.rrelu(x, training=True),
+    "gumbel_softmax": F.gumbel_softmax,
+}
+NO_RULE_OF_DTENSOR = {
+    "random_": lambda x: x.random_(),
+    "random_ to": lambda x: x.random_(10),
+    "random_ from": lambda x: x.random_(3, 10),
+    "bernoulli_ of probabilities": lambda x: x.bernoulli_(x),
+    "poisson": torch.poisson,
+    "normal of means": lambda x: torch.normal(x, 1.0),
+    "binomial": lambda x: torch.binomial(torch.ones_like(x), x),
+    "gamma": torch._standard_gamma,
+    "dirichlet": torch._sample_dirichlet,
+}
+NO_RULE_OF_OURS = {
+    "bernoulli": torch.bernoulli,
+    "multinomial": lambda x: torch.multinomial(x, 2),
+}
+
+
+def drawn(function, world, placement):
+    with lt.LocalTensorMode(world, sharding_independent_rng=True):
+        torch.manual_seed(3)
+        whole = torch.arange(1.0, 31.0).view(6, 5) / 30
+        return function(distribute_tensor(whole, World(world).mesh(), [placement])).full_tensor()
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_op(name):
+    expected = drawn(SAME[name], 1, Replicate()).reconcile()
+    for world, placement in ((2, Shard(0)), (3, Shard(0)), (3, Shard(1)), (4, Shard(0))):
+        assert torch.equal(drawn(SAME[name], world, placement).reconcile(), expected)
+
+
+@pytest.mark.parametrize("name", NO_RULE_OF_DTENSOR)
+def test_op_that_dtensor_refuses(name):
+    with pytest.raises(NotImplementedError, match="does not have a sharding strategy"):
+        drawn(NO_RULE_OF_DTENSOR[name], 2, Shard(0))
+
+
+@pytest.mark.parametrize("name", NO_RULE_OF_OURS)
+def test_op_that_is_refused(name):
+    with pytest.raises(lt.UnsupportedError, match="cannot draw independently of sharding"):
+        drawn(NO_RULE_OF_OURS[name], 2, Shard(0))
+
+
+def test_a_draw_into_the_parts_of_a_sum_is_refused():
+    def draw(x):
+        parts = DTensor.from_local(x.to_local(), x.device_mesh, [Partial()])
+        return parts.exponential_()
+
+    with pytest.raises(lt.UnsupportedError, match="what is drawn cannot be the parts of a sum"):
+        drawn(draw, 2, Replicate())

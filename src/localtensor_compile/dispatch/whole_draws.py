@@ -86,6 +86,15 @@ def drawing(whole: Whole) -> Iterator[None]:
         _active.whole = before
 
 
+def no_rule(func: Any) -> UnsupportedError:
+    """The error for a random op whose draw of the whole tensor is not known."""
+    return UnsupportedError(
+        f"{func} on a DTensor cannot draw independently of sharding. Use uniform_, normal_, "
+        "bernoulli_ with one probability, rand_like, randn_like, randint_like or dropout, for "
+        "instance torch.rand_like(p) < p instead of torch.bernoulli(p)."
+    )
+
+
 def draw_pieces(whole: Whole, func: Any, values: Mapping[str, Any]) -> Any:
     """The result of the random aten op `func` on the pieces of `whole`.
 
@@ -94,11 +103,7 @@ def draw_pieces(whole: Whole, func: Any, values: Mapping[str, Any]) -> Any:
     """
     rule = _RULES.get(func)
     if rule is None:
-        raise UnsupportedError(
-            f"{func} on a DTensor cannot draw independently of sharding. Use uniform_, normal_, "
-            "bernoulli_ with one probability, rand_like, randn_like, randint_like or dropout, for "
-            "instance torch.rand_like(p) < p instead of torch.bernoulli(p)."
-        )
+        raise no_rule(func)
     # The pieces are made under no function mode: they are plain tensors.
     with _without_drawing():
         return rule(whole, values)
@@ -151,6 +156,10 @@ _RULES: dict[Any, Callable[[Whole, Mapping[str, Any]], Any]] = {
     _UNIFORM: _in_place(_UNIFORM, "from", "to"),
     _NORMAL: _in_place(_NORMAL, "mean", "std"),
     aten.bernoulli_.float: _in_place(aten.bernoulli_.float, "p"),
+    aten.cauchy_.default: _in_place(aten.cauchy_.default, "median", "sigma"),
+    aten.exponential_.default: _in_place(aten.exponential_.default, "lambd"),
+    aten.geometric_.default: _in_place(aten.geometric_.default, "p"),
+    aten.log_normal_.default: _in_place(aten.log_normal_.default, "mean", "std"),
     aten.rand_like.default: _like(_UNIFORM, lambda v: (0.0, 1.0)),
     aten.randn_like.default: _like(_NORMAL, lambda v: (0.0, 1.0)),
     aten.randint_like.default: _like(_INTEGERS, lambda v: (0, v["high"])),

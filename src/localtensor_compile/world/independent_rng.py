@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed.tensor._random as tensor_random
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from ..dispatch.whole_draws import Whole, drawing
+from ..dispatch.whole_draws import Whole, drawing, no_rule
 from ..errors import UnsupportedError
 from .factories import FactoryMode
 from .mesh import coordinates
@@ -82,12 +83,45 @@ def _chunk(size: Any, count: int, index: int) -> tuple[Any, Any]:
     return start, torch.sym_min(length, size - start)
 
 
+def _draw_in_place(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """DTensor's handler of an in-place draw that its tracker does not surround."""
+    tensor = args[0]
+    mode = enabled_local_tensor_mode()
+    if mode is None or not mode.sharding_independent_rng:
+        op(tensor._local_tensor, *args[1:], **kwargs)
+        return tensor
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise UnsupportedError(
+            f"{op} on a DTensor with placements {tensor.placements}: what is drawn cannot be the "
+            "parts of a sum. Redistribute to Shard or Replicate first."
+        )
+    with drawing(whole_of(tensor._spec, mode._sorted_ranks)):
+        op(tensor._local_tensor, *args[1:], **kwargs)
+    return tensor
+
+
+def _refuse(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    raise no_rule(op)
+
+
+_IN_PLACE = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in ("cauchy_", "exponential_", "geometric_", "log_normal_")
+)
+# The random ops that DTensor has a rule for, but does not surround with its tracker.
+_HANDLERS = dict.fromkeys(_IN_PLACE, _draw_in_place) | {
+    torch.ops.aten.multinomial.default: _refuse,
+}
+
+
 @contextlib.contextmanager
 def tracking() -> Iterator[None]:
-    """Context manager: DTensor's random ops are surrounded by our tracker."""
-    before = tensor_random._rng_tracker
+    """Context manager: every random op of DTensor draws the whole tensor, or is refused."""
+    dispatcher: Any = DTensor._op_dispatcher
+    tracker, handlers = tensor_random._rng_tracker, dispatcher._custom_op_handlers
     tensor_random._rng_tracker = _Tracker()
+    dispatcher._custom_op_handlers = {**_HANDLERS, **handlers}
     try:
         yield
     finally:
-        tensor_random._rng_tracker = before
+        tensor_random._rng_tracker, dispatcher._custom_op_handlers = tracker, handlers
