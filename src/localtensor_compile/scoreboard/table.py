@@ -30,8 +30,8 @@ with torch {torch}; do not edit.
   it has.
 - Sample inputs are those of the database, with its sizes set to {even} and to {uneven}:
   the first {samples} of different kind for each. Shards are *even* where the number of ranks
-  divides every sharded dimension; among the uneven are dimensions smaller than the number of ranks, so that
-  ranks hold nothing.
+  divides every sharded dimension; among the uneven are dimensions smaller than the number of
+  ranks, so that ranks hold nothing.
 - Shardings on a one-dimensional mesh, the first {shardings} per sample: each dimension of the
   first tensor with tensors of its shape sharded alike, each tensor alone, mixtures, nothing
   sharded.
