@@ -28,14 +28,15 @@ with torch {torch}; do not edit.
 
 - Each op with one dtype: float32, else the first of int64, bool, complex64, float64, float16 that
   it has.
-- Sample inputs are those of the database, with its sizes set to {even} and to {uneven}: the first
-  {samples} of different kind for each. Shards are *even* where the number of ranks divides every
-  sharded dimension; among the uneven are dimensions smaller than the number of ranks, so that
-  ranks hold nothing.
+- Sample inputs are those of the database, with its sizes set to {even} and to {uneven}:
+  the first {samples} of different kind for each. Shards are *even* where the number of ranks
+  divides every sharded dimension; among the uneven are dimensions smaller than the number of
+  ranks, so that ranks hold nothing.
 - Shardings on a one-dimensional mesh, the first {shardings} per sample: each dimension of the
   first tensor with tensors of its shape sharded alike, each tensor alone, mixtures, nothing
   sharded.
-- Eager runs every case. Per op, number of ranks and set of sizes, {compiled}, all in one
+- Eager runs every case. Per op, number of ranks and set of sizes,
+  {compiled}, all in one
   `torch.compile(fullgraph=True, dynamic=False)`, so that a graph break is a failure. The whole
   tensor is gathered in the compiled function.
 - Gradients of all inputs for fixed random output gradients.
@@ -137,7 +138,7 @@ def _header(record: Record, sizes: dict[str, dict[str, int]]) -> str:
 
     plan = record["plan"]
     compiled = " and ".join(
-        f"{plan['compiled'][b]} with {b}" for b in plan["backends"] if b != "eager"
+        f"{plan['compiled'][b]} cases with {b}" for b in plan["backends"] if b != "eager"
     )
     return _HEADER.format(
         torch=record.get("torch", "?"),
@@ -145,7 +146,7 @@ def _header(record: Record, sizes: dict[str, dict[str, int]]) -> str:
         uneven=listed(sizes["uneven"]),
         samples=plan["samples"],
         shardings=plan["shardings"],
-        compiled=f"the first cases that are right in eager are compiled: {compiled}"
+        compiled=f"{compiled} are compiled, the first that are right in eager"
         if compiled
         else "nothing is compiled",
     )
@@ -262,7 +263,7 @@ def _not_run(records: Sequence[Record]) -> str:
     lines = ["## Not measured", "", "| why | ops |", "|---|---|"]
     for reason, ops in reasons.items():
         lines.append(f"| {_escaped(reason)} | {', '.join(f'`{name}`' for name in ops)} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, ""] if reasons else [*lines[:2], "None.", ""])
 
 
 def _escaped(text: str) -> str:
