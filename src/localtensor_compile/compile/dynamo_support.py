@@ -96,14 +96,14 @@ def _cacheable(function: Any) -> None:
 
 
 # ---------------------------------------------------------------- plain symbol `op` per-rank number
+# Methods that only call one of these (floordiv, sym_and) need nothing.
 _BINARY = (
-    "add sub mul floordiv int_floordiv mod pow pow_by_natural truediv int_truediv float_truediv "
-    "float_pow eq ne lt le gt ge sym_max sym_min and_ or_ sym_and sym_or lshift rshift "
-    "bitwise_and bitwise_or bitwise_xor"
+    "add sub mul int_floordiv mod pow_by_natural int_truediv float_truediv float_pow eq ne lt le "
+    "gt ge sym_max sym_min and_ or_ lshift rshift bitwise_and bitwise_or bitwise_xor"
 ).split()
 _LAYOUT = (
     "is_contiguous is_channels_last_contiguous_2d is_channels_last_contiguous_3d "
-    "is_channels_last_strides_2d is_channels_last_strides_3d is_non_overlapping_and_dense "
+    "is_channels_last_strides_2d is_channels_last_strides_3d "
     "is_non_overlapping_and_dense_indicator"
 ).split()
 
