@@ -129,9 +129,9 @@ def test_sharded_transformer_trains_as_the_unsharded_one(transformer, monkeypatc
 
 
 def test_the_loss_falls(transformer):
-    config = transformer.Config(**{**SMALL, "steps": 6, "length": 32})
+    config = transformer.Config(**{**SMALL, "steps": 20, "length": 32})
     with lt.LocalTensorMode(2):
         torch.manual_seed(0)
         results = transformer.program(World(2), config)
     losses = [results[f"loss.{step}"].reconcile().item() for step in range(config.steps)]
-    assert losses[-1] < losses[0]
+    assert sum(losses[-5:]) < sum(losses[:5])  # every step has its own text

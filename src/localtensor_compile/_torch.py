@@ -39,12 +39,18 @@ is_functorch_wrapped_tensor = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def own_frame_never_compiled(function: Any) -> Any:
-    """Decorator: Dynamo inlines the function into user code, but never starts a graph in it."""
+    """Decorator: Dynamo inlines the function into user code, but never starts a graph in it, nor in
+    what it calls."""
     try:
-        from torch._dynamo.eval_frame import skip_code
+        from torch._C._dynamo.eval_frame import (
+            _FrameAction,
+            _FrameExecStrategy,
+            set_code_exec_strategy,
+        )
     except ImportError:  # pragma: no cover - depends on the torch version
         return function
-    skip_code(function.__code__)
+    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    set_code_exec_strategy(function.__code__, skip)
     return function
 
 

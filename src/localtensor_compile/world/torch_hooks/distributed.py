@@ -126,6 +126,7 @@ def _recording(original: Any) -> Any:
 # (torch.distributed.nn, DTensor's experiments) compute with it and get the rank of each rank.
 _ASKS_FOR_PROCESS = (
     "torch._",
+    "torch.distributed._state_dict_utils",
     "torch.distributed.c10d_logger",
     "torch.distributed.checkpoint",
     "torch.distributed.device_mesh",
