@@ -7,25 +7,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import localtensor_compile as lt
 from tests.parallel import data_parallel
-from tests.parallel.harness import WORLDS, fill, refused, verify
+from tests.parallel.harness import WORLDS, eager, fill, refused, verify, worlds
 from tests.parallel.real_compile import verify_as_real
 
-pytestmark = [
-    pytest.mark.gloo,
-    pytest.mark.xdist_group("gloo"),
-    # Dynamo reads it of the inputs of every compiled block, with plain tensors too.
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-]
+pytestmark = [pytest.mark.gloo, pytest.mark.xdist_group("gloo")]
 slow = pytest.mark.slow
-
-
-def eager(program, world, **bound):
-    verify(program, world, graphs=None, **bound)
-
-
-def worlds(*default):
-    """Every world size; those not in `default` only in the long run."""
-    return [w if w in default else pytest.param(w, marks=slow) for w in WORLDS]
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -6,7 +6,7 @@ import pytest
 
 from localtensor_compile.check.runner import check
 from tests.parallel import expert_parallel as ep
-from tests.parallel.harness import verify
+from tests.parallel.harness import verify, worlds
 
 CASES = {
     "one expert": {"local_experts": 1},
@@ -16,15 +16,9 @@ CASES = {
 }
 
 
-def worlds(default):
-    return pytest.mark.parametrize(
-        "world", [w if w == default else pytest.param(w, marks=pytest.mark.slow) for w in (2, 3, 4)]
-    )
-
-
 @pytest.mark.gloo
 @pytest.mark.xdist_group("gloo")
-@worlds(3)
+@pytest.mark.parametrize("world", worlds(3))
 @pytest.mark.parametrize("name", CASES)
 def test_mixture_of_experts(world, name):
     verify(ep.mixture_of_experts, world, **CASES[name])
@@ -32,7 +26,7 @@ def test_mixture_of_experts(world, name):
 
 @pytest.mark.gloo
 @pytest.mark.xdist_group("gloo")
-@worlds(None)
+@pytest.mark.parametrize("world", worlds())
 def test_mixture_of_experts_with_inductor(world):
     verify(ep.mixture_of_experts, world, backends=("inductor",))
 

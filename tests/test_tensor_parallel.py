@@ -7,30 +7,23 @@ import pytest
 from localtensor_compile.check.gloo import GlooError
 from localtensor_compile.check.runner import check
 from tests.parallel import tensor_parallel as tp
-from tests.parallel.harness import WORLDS, compiled_on_real_ranks, refused, verify
+from tests.parallel.harness import WORLDS, compiled_on_real_ranks, refused, verify, worlds
 
 pytestmark = [pytest.mark.gloo, pytest.mark.xdist_group("gloo")]
 
 
-def worlds(default):
-    """One world size by default, the others in `make test-all`."""
-    return pytest.mark.parametrize(
-        "world", [w if w == default else pytest.param(w, marks=pytest.mark.slow) for w in (2, 3, 4)]
-    )
-
-
-@worlds(3)
+@pytest.mark.parametrize("world", worlds(3))
 @pytest.mark.parametrize("hidden", (12, 10, 2))
 def test_mlp(world, hidden):
     verify(tp.mlp, world, hidden=hidden)
 
 
-@worlds(4)
+@pytest.mark.parametrize("world", worlds(4))
 def test_mlp_with_local_tensors_between(world):
     verify(tp.mlp_local, world)
 
 
-@worlds(3)
+@pytest.mark.parametrize("world", worlds(3))
 @pytest.mark.parametrize("length", (12, 7, 1))
 def test_sequence_parallel_mlp(world, length):
     # The hook that gathers the input is a frame of its own, as it is for real ranks.
@@ -45,7 +38,7 @@ def test_sequence_parallel_mlp(world, length):
     )
 
 
-@worlds(3)
+@pytest.mark.parametrize("world", worlds(3))
 def test_transformer(world):
     verify(tp.transformer, world)
 
@@ -65,7 +58,7 @@ def test_kinds_of_transformer(world, name):
     verify(tp.transformer, world, **TRANSFORMERS[name])
 
 
-@worlds(2)
+@pytest.mark.parametrize("world", worlds(2))
 def test_checkpointed_transformer(world):
     verify(tp.transformer, world, checkpointed=True, graphs=None)
 
@@ -79,13 +72,13 @@ def test_compiled_checkpoint_is_refused_as_by_real_ranks():
     assert "expected all tensors_saved_with_vc_check to be Tensors" in report.engines[-1].error
 
 
-@worlds(2)
+@pytest.mark.parametrize("world", worlds(2))
 @pytest.mark.parametrize("optimizer", [name for name in tp.OPTIMIZERS if name != "sgd fused"])
 def test_optimizer(world, optimizer):
     verify(tp.transformer, world, optimizer=optimizer, graphs=None, clip=0.5)
 
 
-@worlds(3)
+@pytest.mark.parametrize("world", worlds(3))
 @pytest.mark.parametrize(
     "options",
     (
@@ -100,20 +93,20 @@ def test_cross_entropy(world, options):
     verify(tp.cross_entropy, world, **options)
 
 
-@worlds(3)
+@pytest.mark.parametrize("world", worlds(3))
 @pytest.mark.parametrize("style", ("rowwise", "colwise"))
 @pytest.mark.parametrize("output", ("replicate", "sequence", "last"))
 def test_embedding(world, style, output):
     verify(tp.embedding, world, style=style, output=output)
 
 
-@worlds(2)
+@pytest.mark.parametrize("world", worlds(2))
 @pytest.mark.parametrize("combined", (False, True))
 def test_prepare_inputs_and_outputs(world, combined):
     verify(tp.prepare_inputs_and_outputs, world, combined=combined, graphs=3)
 
 
-@worlds(3)
+@pytest.mark.parametrize("world", worlds(3))
 def test_replicated_parameters(world):
     verify(tp.replicated_parameters, world)
 

@@ -11,6 +11,7 @@ import functools
 import re
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -31,6 +32,16 @@ from localtensor_compile.check.report import CheckReport
 from localtensor_compile.check.runner import check
 
 WORLDS = (2, 3, 4)
+
+
+def worlds(*default: int) -> list[Any]:
+    """World sizes to parametrize with; those not in `default` only in `make test-all`."""
+    return [w if w in default else pytest.param(w, marks=pytest.mark.slow) for w in WORLDS]
+
+
+def eager(program: Any, world_size: int, **bound: Any) -> None:
+    """`verify` without a compiled engine."""
+    verify(program, world_size, graphs=None, **bound)
 
 
 def verify(
