@@ -310,3 +310,31 @@ def test_math_of_sizes(dynamic):
     out = compiled(x)
     for rank, shard in out._local_tensors.items():
         assert torch.equal(shard, x._local_tensors[rank] / math.sqrt(shard.shape[0]))
+
+
+# ---------------------------------------------------------------- item() in one graph
+ITEMS = {
+    "multiplied": lambda x, y: y * x.item(),
+    "returned": lambda x, y: x.item() + 1,
+    "bool": lambda x, y: y + (x > 0).item(),
+    "to_int": lambda x, y: y * int(x.item()),
+    "from_int": lambda x, y: y * float((x * 2).long().item()),
+    "filled": lambda x, y: torch.full((3,), x.item()) + y,
+}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ITEMS)
+def test_item_differs_between_ranks(name, backend):
+    xs = {0: torch.tensor(1.5), 1: torch.tensor(-2.0)}
+    ys = {0: torch.arange(3.0), 1: torch.ones(3)}
+    counter = CompileCounterWithBackend(backend)
+    with LocalTensorMode(2):  # fullgraph=True sets capture_scalar_outputs
+        compiled = torch.compile(ITEMS[name], backend=counter, fullgraph=True)
+        found = compiled(LocalTensor(xs), LocalTensor(ys))
+    values = found._local_tensors if isinstance(found, LocalTensor) else found.node._values
+    for rank in range(2):
+        assert torch.equal(
+            torch.as_tensor(values[rank]), torch.as_tensor(ITEMS[name](xs[rank], ys[rank]))
+        )
+    assert counter.frame_count == 1

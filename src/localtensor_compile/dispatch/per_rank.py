@@ -308,11 +308,14 @@ def _dim(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @implements(aten._local_scalar_dense.default)
 def _item(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Integers may stay a number per rank; a float or bool must be one Python value."""
+    """Integers may stay a number per rank, and floats that are traced; an eager float or bool must
+    be one Python value."""
     result = combine({r: func(t) for r, t in args[0]._local_tensors.items()}, "item()")
-    if is_ranked(result):
-        bind_unbacked(result.node._values.values())
-    if isinstance(result, SymFloat) and isinstance(result.node, LocalFloatNode):
+    if not is_ranked(result):
+        return result
+    values = result.node._values.values()
+    bind_unbacked(values)
+    if isinstance(result.node, LocalFloatNode) and all(type(v) is float for v in values):
         return result.node.guard_float("", 0)
     return result
 
