@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import SymInt, Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -227,6 +228,23 @@ def shard_in_a_compiled_frame() -> None:
         same(out, rank, 3 * torch.arange(3.0) + 10 * rank + 20)
 
 
+def number_written() -> None:
+    def write(x: Tensor) -> Tensor:
+        y = x.clone()
+        y[:, 0] = dist.get_rank()
+        return y
+
+    x = uneven()
+    with LocalTensorMode(len(RANKS)):
+        out = compiled(write)(x)
+    for rank in RANKS:
+        same(out[:, 0], rank, torch.full((2 + rank,), float(rank)))
+
+
+if VERSION >= (2, 14):  # which shows `x[i] = v` to no torch function mode
+    needs("TensorVariable.mp_ass_subscript_impl")(number_written)
+
+
 # ---------------------------------------------------------------- AOTAutograd
 @needs("torch._functorch._aot_autograd.runtime_wrappers.gen_alias_from_base")
 def conjugate_view_of_an_input() -> None:
@@ -325,9 +343,10 @@ def ranks_loop_as_often_as_they_need() -> None:
     require(halved, uneven())
 
 
-@needs("torch._dynamo.variables.higher_order_ops.get_tensor_storages")
-def loop_of_ranks() -> None:
-    ranks_loop_as_often_as_they_need()
+if VERSION < (2, 14):
+    needs("torch._dynamo.variables.higher_order_ops.get_tensor_storages")(
+        ranks_loop_as_often_as_they_need
+    )
 
 
 @needs("ScanOp.__call__")

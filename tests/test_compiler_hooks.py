@@ -178,10 +178,9 @@ def installed_names(monkeypatch):
     return {name for name in names if not name.startswith("SymNode.")}
 
 
-# Replaced in other versions of torch only, and the version.
+# Replaced in other versions of torch only, and without a witness.
 ELSEWHERE = {
     "ConstantVariable.create": "before 2.13",
-    "TensorVariable.mp_ass_subscript_impl": "2.14",
     "torch._functorch._aot_autograd.subclass_utils._find_attr_matching_outer_metadata": "2.14",
 }
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from .._torch import VERSION
 from ..errors import UnsupportedError
 from ..values.ranked import ranks_of
 from ..values.tensor import LocalTensor
@@ -99,7 +100,7 @@ def replacements() -> list[tuple[Any, Any, Any]]:
 
     found: list[tuple[Any, Any, Any]] = []
     storages = getattr(higher_order_ops, "get_tensor_storages", None)
-    if storages is not None:  # not in every supported version
+    if storages is not None and VERSION < (2, 14):  # later it is not asked
         found.append((higher_order_ops, "get_tensor_storages", _storages(storages)))
     for name in _OPERATORS:
         operator = getattr(torch.ops.higher_order, name, None)
