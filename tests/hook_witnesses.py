@@ -8,7 +8,6 @@ with all but one.
 from __future__ import annotations
 
 import atexit
-import importlib
 import io
 import shutil
 import tempfile
@@ -32,9 +31,11 @@ from torch.utils.checkpoint import checkpoint
 
 from localtensor_compile import LocalTensor, LocalTensorError, LocalTensorMode, World, rank_map
 from tests.parallel import data_parallel
+from tests.witnesses import CACHEABLE, Witnesses, require_cacheable
 
 WORLD = 4
-WITNESSES: dict[str, Callable[[], None]] = {}
+WITNESSES = Witnesses()
+needs, needs_each = WITNESSES.needs, WITNESSES.needs_each
 # Nothing to see without a CUDA device; tests/gpu runs them.
 CUDA = frozenset(
     f"{module}.{name}"
@@ -44,27 +45,6 @@ CUDA = frozenset(
         "get_rng_state_all", "set_rng_state", "set_rng_state_all",
     )
 )  # fmt: skip
-
-
-def needs(*names: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    def register(witness: Callable[[], None]) -> Callable[[], None]:
-        for name in names:
-            assert name not in WITNESSES, name
-            WITNESSES[name] = witness
-        return witness
-
-    return register
-
-
-def needs_each(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """One witness(name) for each of `names`."""
-
-    def register(witness: Callable[..., None]) -> Callable[..., None]:
-        for name in names:
-            needs(name)(lambda name=name: witness(name))
-        return witness
-
-    return register
 
 
 def values(number: Any) -> list[Any]:
@@ -691,21 +671,14 @@ def draws_that_no_graph_shows() -> None:
     raise AssertionError("one draw for all ranks")
 
 
-_CACHEABLE = "torch._inductor.config.unsafe_marked_cacheable_functions"
-
-
 @needs_each(
-    f"{_CACHEABLE}[localtensor_compile.world.factories.on_ranks]",
-    f"{_CACHEABLE}[localtensor_compile.world.factories.as_written]",
-    f"{_CACHEABLE}[localtensor_compile.world.per_rank_code._split]",
-    f"{_CACHEABLE}[localtensor_compile.world.per_rank_code._join]",
+    f"{CACHEABLE}[localtensor_compile.world.factories.on_ranks]",
+    f"{CACHEABLE}[localtensor_compile.world.factories.as_written]",
+    f"{CACHEABLE}[localtensor_compile.world.per_rank_code._split]",
+    f"{CACHEABLE}[localtensor_compile.world.per_rank_code._join]",
 )
 def graphs_with_our_nodes_are_cached(name: str) -> None:
-    from torch._functorch._aot_autograd.autograd_cache import check_node_safe
-
-    module, _, function = name.removeprefix(f"{_CACHEABLE}[").removesuffix("]").rpartition(".")
-    graph = torch.fx.Graph()
-    check_node_safe(graph.call_function(getattr(importlib.import_module(module), function)))
+    require_cacheable(name)
 
 
 @needs("torch.load")

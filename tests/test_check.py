@@ -25,14 +25,9 @@ from localtensor_compile.check.program import (
     load_program,
     portable,
 )
-from localtensor_compile.check.report import (
-    CheckFailed,
-    CheckReport,
-    EngineResult,
-    dtype_text,
-    ranks_text,
-)
+from localtensor_compile.check.report import CheckFailed, CheckReport, EngineResult
 from localtensor_compile.check.runner import check, compare_outputs
+from localtensor_compile.check.text import dtype_text, ranks_text
 
 # torch's own, when it imports Inductor
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")

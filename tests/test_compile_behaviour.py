@@ -338,3 +338,21 @@ def test_item_differs_between_ranks(name, backend):
             torch.as_tensor(values[rank]), torch.as_tensor(ITEMS[name](xs[rank], ys[rank]))
         )
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+def test_bytes_of_an_uneven_parameter(inside):
+    """Dynamo counts them unless torch's own test suite is imported."""
+    x = tensors(2, 3, rows=(2, 3))
+    assert x.nbytes.node._local_ints == {0: 24, 1: 36}
+    assert tensors(2, 3).nbytes == 12
+    weight = torch.nn.Parameter(x)
+    with torch._dynamo.config.patch(log_compilation_metrics=True):
+        with LocalTensorMode(2) if inside else contextlib.nullcontext():
+            compiled, counter = counted(lambda x: (x @ weight.t(), weight.nbytes + 1))
+            out, size = compiled(tensors(2, 5, 3))
+    assert counter.frame_count == 1
+    assert size.node._local_ints == {0: 25, 1: 37}
+    for rank, shard in out.detach()._local_tensors.items():
+        expected = tensors(2, 5, 3)._local_tensors[rank] @ x._local_tensors[rank].t()
+        assert torch.equal(shard, expected)

@@ -16,14 +16,24 @@ from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from localtensor_compile import LocalIntNode
-from localtensor_compile.compile import dynamo_support
+from localtensor_compile.compile import dynamo_support, plain_operands
 from localtensor_compile.compile.dynamo_support import _BINARY, _LAYOUT
 from localtensor_compile.values.rank_node import LocalNode
+from tests.compiler_witnesses import QUESTIONS, WITNESSES
+from tests.witnesses import CACHEABLE
+
+PLAIN_OPERANDS = "Tensor._wrapped_number"
 
 
-def name_of(owner, attribute):
-    attribute = attribute if isinstance(attribute, str) else attribute.__name__
-    return f"{'dict' if isinstance(owner, dict) else owner.__name__}.{attribute}"
+def name_of(owner, key):
+    """What a replacement is called here; entries of the three tables by type, function and name."""
+    if not isinstance(owner, dict):
+        return f"{owner.__name__}.{key}"
+    if isinstance(key, str):
+        return f"{CACHEABLE}[{key}]"
+    if isinstance(key, type):
+        return f"SourcelessBuilder._type_handlers[{key.__name__}]"
+    return f"{QUESTIONS}[{key.__module__}.{key.__name__}]"
 
 
 @contextlib.contextmanager
@@ -42,6 +52,9 @@ def all_but(name, monkeypatch):
     try:
         with monkeypatch.context() as patch:
             patch.setattr(dynamo_support, "_set", some)
+            if name == PLAIN_OPERANDS:
+                left_out.append(name)
+                patch.setattr(plain_operands, "register", lambda: lambda: None)
             dynamo_support.register()
         assert left_out, f"{name} is not replaced"
         yield
@@ -142,3 +155,46 @@ def test_layout_is_needed(name, monkeypatch):
     layout(name)
     with all_but(f"SymNode.{name}", monkeypatch), pytest.raises(Exception):  # noqa: B017
         layout(name)
+
+
+# ---------------------------------------------------------------- everything else
+def run(witness):
+    torch._dynamo.reset()
+    with torch.random.fork_rng():
+        witness()
+
+
+def installed_names(monkeypatch):
+    names = [PLAIN_OPERANDS]
+    with monkeypatch.context() as patch:
+        dynamo_support.unregister()
+        patch.setattr(
+            dynamo_support, "_set", lambda owner, key, _: names.append(name_of(owner, key))
+        )
+        patch.setattr(plain_operands, "register", lambda: lambda: None)
+        dynamo_support.register()
+        dynamo_support.unregister()
+    dynamo_support.register()
+    return {name for name in names if not name.startswith("SymNode.")}
+
+
+# Replaced in other versions of torch only, and without a witness.
+ELSEWHERE = {
+    "ConstantVariable.create": "before 2.13",
+    "torch._functorch._aot_autograd.subclass_utils._find_attr_matching_outer_metadata": "2.14",
+}
+
+
+def test_every_replacement_has_a_witness(monkeypatch):
+    installed = installed_names(monkeypatch)
+    assert installed - ELSEWHERE.keys() == WITNESSES.keys()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", sorted(WITNESSES))
+def test_needed(name, monkeypatch):
+    run(WITNESSES[name])
+    # Also where an error that the witness expects is not raised.
+    with all_but(name, monkeypatch), pytest.raises((Exception, pytest.fail.Exception)):
+        run(WITNESSES[name])
+    run(WITNESSES[name])

@@ -7,8 +7,9 @@ from localtensor_compile import LocalTensorMode, RankDivergence
 from localtensor_compile.check.gloo import shared_pool
 from localtensor_compile.check.program import World
 from tests.parallel import dtensor_api as api
-from tests.parallel.harness import draw, refused, verify
+from tests.parallel.harness import draw, refused, verify, worlds
 
+slow = pytest.mark.slow
 gloo = [pytest.mark.gloo, pytest.mark.xdist_group("gloo")]
 pytestmark = [
     *gloo,
@@ -30,35 +31,31 @@ TWO_DIMS = [api.submeshes, api.flattened]
 NOT_COMPILED = [api.from_local_checked, api.sources, api.scalars]
 
 
-def worlds(usual, *others):
-    return [usual, *(pytest.param(w, marks=pytest.mark.slow) for w in others)]
-
-
-@pytest.mark.parametrize("world", worlds(3, 2, 4))
+@pytest.mark.parametrize("world", worlds(3))
 @pytest.mark.parametrize("program", ONE_DIM)
 def test_compiled(program, world):
     verify(program, world)
 
 
-@pytest.mark.parametrize("world", worlds(4, 8))
+@pytest.mark.parametrize("world", [4, pytest.param(8, marks=slow)])
 @pytest.mark.parametrize("program", TWO_DIMS)
 def test_meshes(program, world):
     verify(program, world)
 
 
-@pytest.mark.parametrize("world", worlds(3, 2, 4))
+@pytest.mark.parametrize("world", worlds(3))
 @pytest.mark.parametrize("to", ["replicate", "rows", "columns", "tokens"])
 def test_masked_partial(to, world):
     verify(api.masked, world, to=to)
 
 
-@pytest.mark.parametrize("world", worlds(3, 2, 4))
+@pytest.mark.parametrize("world", worlds(3))
 @pytest.mark.parametrize("program", NOT_COMPILED)
 def test_eager(program, world):
     verify(program, world, graphs=None)
 
 
-@pytest.mark.parametrize("world", worlds(4, 6))
+@pytest.mark.parametrize("world", [4, pytest.param(6, marks=slow)])
 @pytest.mark.parametrize("program", [api.chunk_lists, api.factories])
 def test_eager_on_two_mesh_dims(program, world):
     verify(program, world, graphs=None)
@@ -66,7 +63,7 @@ def test_eager_on_two_mesh_dims(program, world):
 
 # Dynamo asks for the gradient of what it compiles the second hook for.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("world", worlds(3, 2, 4))
+@pytest.mark.parametrize("world", worlds(3))
 def test_distribute_module(world):
     """One graph for the module and one for each of the two hooks, as for real ranks."""
     verify(api.module, world, graphs=3)

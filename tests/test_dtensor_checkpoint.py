@@ -1,6 +1,7 @@
 """Checkpoints and state dicts of simulated ranks: what real ranks write, read and hold."""
 
 import pytest
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from localtensor_compile import LocalTensorMode, UnsupportedError
@@ -61,6 +62,10 @@ def test_refusals(tmp_path):
     with LocalTensorMode(2):
         with pytest.raises(UnsupportedError, match=r"knows no simulated ranks\. Use .*\.save"):
             dcp.async_save({"x": 1}, checkpoint_id=str(tmp_path))
+        message = r"part of the ranks \(process_group=\) is not simulated\. Leave it out, or save"
+        for call in (dcp.save, dcp.load):
+            with pytest.raises(UnsupportedError, match=message):
+                call({"x": 1}, checkpoint_id=str(tmp_path), process_group=dist.new_group([0]))
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -58,6 +59,25 @@ def per_rank(world):
 def test_check_finds_values_that_depend_on_the_world():
     with pytest.raises(lt.CheckFailed, match=r"'x' on 2 ranks is not what it is on 1"):
         lt.check_sharding_independence(per_rank)
+
+
+def test_check_finds_values_that_differ_between_ranks():
+    program = lambda world: {"x": torch.zeros(2) + dist.get_rank()}
+    message = r"'x' differs between ranks\. .*needs the same value on every rank"
+    with pytest.raises(lt.CheckFailed, match=message):
+        lt.check_sharding_independence(program, (2,))
+
+
+def test_shards_that_dtensor_would_not_make():
+    message = (
+        r"needs shards as DTensor lays them out: sizes ranks 0-1: \(2,\), but found rank 0: "
+        r"\(1,\), rank 1: \(3,\)\. Redistribute to plain Shard, Replicate or Partial"
+    )
+    with lt.LocalTensorMode(2, sharding_independent_rng=True) as mode:
+        local = mode.rank_map(lambda r: torch.ones(1 + 2 * r))
+        x = DTensor.from_local(local, World(2).mesh(), [Shard(0)], shape=(4,), stride=(1,))
+        with pytest.raises(lt.ShardError, match=message):
+            x.normal_()
 
 
 def test_compiled_code_is_not_shared_with_other_modes():

@@ -11,6 +11,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from localtensor_compile import LocalTensorMode
 from localtensor_compile.world import torch_hooks
 from tests.hook_witnesses import CUDA, FSDP_MEMORY, WITNESSES, WORLD
+from tests.witnesses import CACHEABLE
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional:FutureWarning")
 
@@ -23,7 +24,7 @@ def name_of(owner, attribute):
         return f"{owner['__name__']}.{attribute}"
     if attribute == "torch.distributed.get_rank":
         return f"torch._dynamo.trace_rules.torch_name_rule_map[{attribute}]"
-    return f"torch._inductor.config.unsafe_marked_cacheable_functions[{attribute}]"
+    return f"{CACHEABLE}[{attribute}]"
 
 
 def installed_names():

@@ -182,6 +182,13 @@ def scan(x):
     return torch._higher_order_ops.scan(add, torch.zeros_like(x[0]), x, dim=0)
 
 
+@program(x="k 4, nograd")
+def while_loop(x):
+    small = lambda n, t: t.abs().sum() < 40
+    grow = lambda n, t: (n + 1, t * 2)
+    return torch._higher_order_ops.while_loop(small, grow, (torch.zeros_like(x[0, 0]), x))
+
+
 @program(x="k 4")
 def cond_on_a_dimension(x):
     return torch.cond(x.shape[1] > 3, lambda x: x.sin(), lambda x: x.cos() * 2, (x,))

@@ -19,8 +19,9 @@ from .compare import compare
 from .engines import EAGER, GLOO, EngineRun, run_real, run_simulated
 from .outputs import Outputs
 from .program import DEGREES, Program, ProgramError, ProgramFunction, as_program
-from .report import CheckFailed, plural, ranks_text, table
+from .report import CheckFailed
 from .runner import BACKENDS, validate_engines
+from .text import plural, ranks_text, table
 
 # Largest difference / largest value of the output. Sharding adds up in another order, which moves
 # values by some units in the last place of the largest summand: 2**-24 in float32.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,18 @@ import torch
 
 from ..errors import LocalTensorError
 from .compare import Comparison, tolerances
+from .text import (
+    INDENT,
+    dtype_text,
+    fitted,
+    indented,
+    plural,
+    ranks_text,
+    shortened,
+    table,
+    table_width,
+    wrapped,
+)
 
 PASSING_KINDS = ("bit-equal", "close")
 # Worst last: the kind of an output is the worst over its ranks.
@@ -24,7 +35,6 @@ KINDS = (*PASSING_KINDS, "WRONG", "shape", "dtype", "missing")
 
 _MAX_EXPLAINED = 8  # failing outputs explained in the text unless verbose
 _MIN_NAME = 12
-_INDENT = "    "
 
 
 class CheckFailed(LocalTensorError, AssertionError):
@@ -118,7 +128,7 @@ class CheckReport:
         if verbose:
             parts.append(_detail_table(self, width))
         parts += [_failures(self, width, verbose), _engine_table(self)]
-        parts.append(_wrapped(_verdict(self), width))
+        parts.append(wrapped(_verdict(self), width))
         return "\n\n".join(part for part in parts if part)
 
     def to_json(self) -> str:
@@ -140,26 +150,6 @@ class CheckReport:
 
 
 # ---- words
-def ranks_text(ranks: Iterable[int]) -> str:
-    """`0-2, 5` for [0, 1, 2, 5]."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and runs[-1][1] == rank - 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    return ", ".join(str(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in runs)
-
-
-def dtype_text(dtype: torch.dtype) -> str:
-    """`f32`, `bf16`, `i64`, `bool`."""
-    name = str(dtype).removeprefix("torch.")
-    for long, short in (("bfloat", "bf"), ("float", "f"), ("complex", "c"), ("uint", "u")):
-        if name.startswith(long):
-            return name.replace(long, short, 1)
-    return name.replace("int", "i", 1) if name.startswith("int") else name
-
-
 def value_text(rows: Sequence[Row]) -> str:
     """`f32[2, 3..4]`: dtype and shape of an output, with the range of sizes that ranks have."""
     found = [row.comparison for row in rows if row.comparison is not None]
@@ -169,11 +159,6 @@ def value_text(rows: Sequence[Row]) -> str:
     sizes = [(min(dim), max(dim)) for dim in zip(*shapes)]
     dims = ", ".join(str(lo) if lo == hi else f"{lo}..{hi}" for lo, hi in sizes)
     return f"{dtype_text(found[0].expected_dtype)}[{dims}]"
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 rank`, `4 ranks`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _worst(rows: Iterable[Row]) -> str:
@@ -191,11 +176,11 @@ def _output_table(report: CheckReport, width: int | None) -> str:
     if not lines:
         return ""
     if width is not None:
-        header, *lines = _fitted([header, *lines], width, droppable=1)
-        excess = _table_width([header, *lines]) - width
+        header, *lines = fitted([header, *lines], width, droppable=1)
+        excess = table_width([header, *lines]) - width
         if excess > 0:
             room = max(_MIN_NAME, max(len(line[0]) for line in lines) - excess)
-            lines = [[_shortened(line[0], room), *line[1:]] for line in lines]
+            lines = [[shortened(line[0], room), *line[1:]] for line in lines]
     return "\n".join(table([header, *lines]))
 
 
@@ -228,7 +213,7 @@ def _detail_table(report: CheckReport, width: int | None) -> str:
     if len(lines) == 1:
         return ""
     if width is not None:
-        lines = _fitted(lines, width, droppable=-1)
+        lines = fitted(lines, width, droppable=-1)
     header, rule, *texts = table(lines)
     by_output: dict[str, list[str]] = {}
     for row, text in zip(report.rows, texts):
@@ -285,7 +270,7 @@ def _failures(report: CheckReport, width: int | None, verbose: bool) -> str:
         if engine.error is not None:
             causes.setdefault((engine.error, engine.traceback), []).append(engine.name)
     parts = [
-        _indented([_wrapped(f"{', '.join(names)} failed: {error}", width), traceback])
+        indented([wrapped(f"{', '.join(names)} failed: {error}", width), traceback])
         for (error, traceback), names in causes.items()
     ]
     groups: dict[tuple[str, str], list[Row]] = {}
@@ -305,12 +290,12 @@ def _output_failure(rows: Sequence[Row], report: CheckReport, width: int | None)
     texts: dict[str, list[int]] = {}
     for row in rows:
         texts.setdefault(explain(row, exact), []).append(row.rank)
-    room = None if width is None else width - len(_INDENT)
+    room = None if width is None else width - len(INDENT)
     lines = [f"{first.engine}: {first.output} differs from {first.reference}"]
     for text, ranks in texts.items():
         noun = "rank" if len(ranks) == 1 else "ranks"
-        lines.append(_wrapped(f"{noun} {ranks_text(ranks)}: {text}", room))
-    return _indented(lines)
+        lines.append(wrapped(f"{noun} {ranks_text(ranks)}: {text}", room))
+    return indented(lines)
 
 
 def explain(row: Row, exact: bool) -> str:
@@ -335,56 +320,11 @@ def explain(row: Row, exact: bool) -> str:
     )
 
 
-# ---- layout
 def _by_output(rows: Iterable[Row]) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.output, []).append(row)
     return groups
-
-
-def table(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of text: the header, a rule, and one per further line."""
-    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
-    texts = ["  ".join(f"{c:<{w}}" for c, w in zip(line, widths)).rstrip() for line in lines]
-    return [texts[0], "  ".join("-" * width for width in widths), *texts[1:]]
-
-
-def _table_width(lines: Sequence[Sequence[str]]) -> int:
-    columns = list(zip(*lines))
-    return sum(max(len(cell) for cell in column) for column in columns) + 2 * (len(columns) - 1)
-
-
-def _fitted(lines: list[list[str]], width: int, droppable: int) -> list[list[str]]:
-    """`lines`, without their column `droppable` if they are wider than `width`."""
-    if _table_width(lines) <= width:
-        return lines
-    index = droppable % len(lines[0])
-    return [[cell for i, cell in enumerate(line) if i != index] for line in lines]
-
-
-def _wrapped(text: str, width: int | None) -> str:
-    """Each line of `text` wrapped to `width` columns; words are kept whole."""
-    if width is None:
-        return text
-    return "\n".join(
-        textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
-        for line in text.splitlines()
-    )
-
-
-def _indented(texts: Iterable[str]) -> str:
-    """All lines but the first one step to the right."""
-    lines = [line for text in texts for line in text.splitlines()]
-    return f"\n{_INDENT}".join(lines)
-
-
-def _shortened(name: str, room: int) -> str:
-    """`grad.blo..weight`: the middle goes, since both ends tell names apart."""
-    if len(name) <= room:
-        return name
-    tail = (room - 2) // 2
-    return f"{name[: room - 2 - tail]}..{name[-tail:]}"
 
 
 # ---- JSON

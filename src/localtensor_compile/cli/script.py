@@ -21,7 +21,7 @@ from ..check.program import (
     as_program,
     is_importing,
 )
-from ..check.report import dtype_text, plural, table
+from ..check.text import dtype_text, plural, table
 from .check import add_options, run_check
 
 

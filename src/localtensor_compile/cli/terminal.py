@@ -92,9 +92,10 @@ class StepProgress:
 
     def finished(self, what: str, result: str) -> None:
         """A step has ended."""
-        self._show(f"{what}: {result}")
+        self.ended(f"{what}: {result}")
 
-    def _show(self, text: str) -> None:
+    def ended(self, text: str) -> None:
+        """The same, in the caller's words."""
         if self._live is not None:
             self._live.remove_task(self._task)
             self._live.console.print(text)
@@ -102,14 +103,32 @@ class StepProgress:
             print(text, file=sys.stderr, flush=True)
 
 
-class EngineProgress(StepProgress):
-    """The same for the engines of a check."""
+class EngineProgress:
+    """Shows the engines of a check as steps."""
 
-    def finished(self, result: EngineResult) -> None:  # type: ignore[override]
+    def __init__(self) -> None:
+        self._steps = StepProgress()
+
+    def __enter__(self) -> Self:
+        self._steps.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._steps.__exit__(exc_type, exc, traceback)
+
+    def started(self, name: str) -> None:
+        """An engine begins."""
+        self._steps.started(name)
+
+    def finished(self, result: EngineResult) -> None:
         """An engine has ended."""
         verb = "ran" if result.error is None else "failed"
-        text = f"{result.name} {verb} in {result.seconds:.1f} s"
-        self._show(text)
+        self._steps.ended(f"{result.name} {verb} in {result.seconds:.1f} s")
 
 
 class TaskProgress:

@@ -102,7 +102,6 @@ def _count_mutated_shards(outer: Any, inner: Any) -> None:
 def replacements() -> list[tuple[Any, str, Any]]:
     """(owner, attribute, replacement) in torch's AOTAutograd."""
     import torch._functorch._aot_autograd.graph_capture as graph_capture
-    import torch._functorch._aot_autograd.graph_capture_wrappers as graph_capture_wrappers
     import torch._functorch._aot_autograd.runtime_wrappers as runtime_wrappers
     import torch._functorch._aot_autograd.subclass_utils as subclass_utils
     import torch._functorch.aot_autograd as aot_autograd
@@ -134,7 +133,7 @@ def replacements() -> list[tuple[Any, str, Any]]:
 
         return run
 
-    dispatch = graph_capture_wrappers.aot_dispatch_subclass
+    dispatch = graph_capture.aot_dispatch_subclass
 
     @functools.wraps(dispatch)
     def aot_dispatch_subclass(*args: Any, **kwargs: Any) -> Any:
@@ -172,9 +171,6 @@ def replacements() -> list[tuple[Any, str, Any]]:
         *found,
         (runtime_wrappers, "gen_alias_from_base", gen_alias_from_base),
         (aot_autograd, "run_functionalized_fw_and_collect_metadata", collect_metadata),
-        (runtime_wrappers, "run_functionalized_fw_and_collect_metadata", collect_metadata),
-        (graph_capture_wrappers, "run_functionalized_fw_and_collect_metadata", collect_metadata),
         (graph_capture, "aot_dispatch_subclass", aot_dispatch_subclass),
-        (runtime_wrappers, "aot_dispatch_subclass", aot_dispatch_subclass),
         (autograd, "process_runtime_tangent", staticmethod(process_runtime_tangent)),
     ]

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from .._torch import VERSION
 from ..errors import UnsupportedError
 from ..values.ranked import ranks_of
 from ..values.tensor import LocalTensor
@@ -81,9 +82,26 @@ def _per_rank(operator: Any, args: Any, kwargs: Any) -> Any:
     return join_results(ranks, results, operator.name())
 
 
+def _storages(original: Any) -> Any:
+    """Dynamo's question whether what a branch is given or returns shares memory."""
+
+    @functools.wraps(original)
+    def get_tensor_storages(tensor: Any) -> Any:
+        if isinstance(tensor, LocalTensor):
+            return set().union(*map(original, tensor._local_tensors.values()))
+        return original(tensor)
+
+    return get_tensor_storages
+
+
 def replacements() -> list[tuple[Any, Any, Any]]:
     """(owner, name, replacement): the operators' classes, above autograd and every mode."""
-    found = []
+    import torch._dynamo.variables.higher_order_ops as higher_order_ops
+
+    found: list[tuple[Any, Any, Any]] = []
+    storages = getattr(higher_order_ops, "get_tensor_storages", None)
+    if storages is not None and VERSION < (2, 14):  # later it is not asked
+        found.append((higher_order_ops, "get_tensor_storages", _storages(storages)))
     for name in _OPERATORS:
         operator = getattr(torch.ops.higher_order, name, None)
         call = type(operator).__dict__.get("__call__") if operator is not None else None

@@ -57,12 +57,14 @@ def register() -> None:
         _answer(function, answer)
     for function in (*traced_numbers.NODES, *traced_tensors.NODES):
         _cacheable(function)
+    tracing_errors.forget_files()
 
 
 def unregister() -> None:
     """Undo `register`."""
     while _undo:
         _undo.pop()()
+    tracing_errors.forget_files()
 
 
 def _set(owner: Any, name: Any, value: Any) -> None:
@@ -91,8 +93,7 @@ def _cacheable(function: Any) -> None:
     import torch._inductor.config as config
 
     name = f"{function.__module__}.{function.__name__}"
-    config.unsafe_marked_cacheable_functions[name] = "1"
-    _undo.append(lambda: config.unsafe_marked_cacheable_functions.pop(name, None))
+    _set(config.unsafe_marked_cacheable_functions, name, "1")
 
 
 # ---------------------------------------------------------------- plain symbol `op` per-rank number

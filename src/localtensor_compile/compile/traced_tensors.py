@@ -1,8 +1,8 @@
-"""LocalTensors as Python objects in a frame that Dynamo traces: shards, ranks, construction.
+"""LocalTensors as Python objects in a frame that Dynamo traces: shards and ranks.
 
 Dynamo knows tensors, not what a subclass keeps beside them. The names that people read
-(`_local_tensors`, `_local_tensor_{rank}`, `_ranks`), `reconcile()` and the constructor become
-nodes of its graph, which AOTAutograd sees through.
+(`_local_tensors`, `_local_tensor_{rank}`, `_ranks`) become nodes of its graph, which AOTAutograd
+sees through. The constructor and `reconcile()` are such nodes by torch's own rules.
 """
 
 from __future__ import annotations
@@ -25,30 +25,13 @@ def shard(tensor: LocalTensor, rank: int) -> Tensor:
     return tensor._local_tensors[rank]
 
 
-@torch._dynamo.allow_in_graph
-def reconciled(tensor: LocalTensor) -> Tensor:
-    """`tensor.reconcile()`: compared when the compiled code runs."""
-    return tensor.reconcile()
-
-
-@torch._dynamo.allow_in_graph
-def local_tensor(ranks: tuple[int, ...], *shards: Tensor) -> LocalTensor:
-    """`LocalTensor({rank: shard})`."""
-    return LocalTensor(dict(zip(ranks, shards)))
-
-
-NODES = (shard, reconciled, local_tensor)
+NODES = (shard, LocalTensor)
 
 
 # ---------------------------------------------------------------- traced in place of the methods
 def _by_rank(ranks: tuple[int, ...], *shards: Tensor) -> Mapping[int, Tensor]:
     # Not to be written: nobody would see it.
     return MappingProxyType(dict(zip(ranks, shards)))
-
-
-def _construct(local_tensors: Mapping[int, Tensor], requires_grad: bool = False) -> LocalTensor:
-    result = local_tensor(tuple(local_tensors.keys()), *local_tensors.values())
-    return result.requires_grad_() if requires_grad else result
 
 
 def _build(tx: Any, value: Any) -> Any:
@@ -80,7 +63,7 @@ def _attribute(tx: Any, variable: Any, tensor: LocalTensor, name: str) -> Any:
 def replacements() -> list[tuple[Any, Any, Any]]:
     """(owner, name, replacement) in torch's Dynamo."""
     from torch._dynamo.variables.builder import SourcelessBuilder
-    from torch._dynamo.variables.tensor import TensorSubclassVariable, TensorVariable
+    from torch._dynamo.variables.tensor import TensorVariable
     from torch._dynamo.variables.torch_function import (
         can_dispatch_torch_function,
         dispatch_torch_function,
@@ -90,8 +73,6 @@ def replacements() -> list[tuple[Any, Any, Any]]:
     names = ("tp_getattro_impl", "var_getattr")
     getattr_name = next(name for name in names if name in TensorVariable.__dict__)
     var_getattr = getattr(TensorVariable, getattr_name)
-    call_method = TensorVariable.call_method
-    construct = TensorSubclassVariable.call_function
 
     def example(variable: Any) -> Any:
         return variable.as_proxy().node.meta.get("example_value")
@@ -103,18 +84,6 @@ def replacements() -> list[tuple[Any, Any, Any]]:
             if found is not None:
                 return found
         return var_getattr(self, tx, name)
-
-    @functools.wraps(call_method)
-    def method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
-        if self.class_type is LocalTensor and name == "reconcile" and not args and not kwargs:
-            return _node(tx, reconciled, self.as_proxy())
-        return call_method(self, tx, name, args, kwargs)
-
-    @functools.wraps(construct)
-    def constructor(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if self.value is LocalTensor:
-            return _build(tx, _construct).call_function(tx, args, kwargs)
-        return construct(self, tx, args, kwargs)
 
     found = []
     set_item = TensorVariable.__dict__.get("mp_ass_subscript_impl")
@@ -130,9 +99,4 @@ def replacements() -> list[tuple[Any, Any, Any]]:
 
         found.append((TensorVariable, "mp_ass_subscript_impl", write))
 
-    return [
-        *found,
-        (TensorVariable, getattr_name, attribute),
-        (TensorVariable, "call_method", method),
-        (TensorSubclassVariable, "call_function", constructor),
-    ]
+    return [*found, (TensorVariable, getattr_name, attribute)]

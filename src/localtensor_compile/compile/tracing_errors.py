@@ -47,10 +47,17 @@ def _with_user_line(error: LocalTensorError, outer: BaseException) -> LocalTenso
     return error
 
 
+def forget_files() -> None:
+    """symbolic_shapes keeps what guards.uninteresting_files returned the first time."""
+    from torch.fx.experimental import symbolic_shapes
+
+    symbolic_shapes.uninteresting_files.cache_clear()
+
+
 def _with_our_files(uninteresting_files: Any) -> Any:
     """The files whose frames torch leaves out of stack traces."""
 
-    @functools.lru_cache(None)
+    @functools.cache
     def files() -> set[str]:
         ours = glob.glob(f"{glob.escape(_PACKAGE)}**/*.py", recursive=True)
         return uninteresting_files() | set(ours)
@@ -62,8 +69,6 @@ def replacements() -> list[tuple[Any, Any, Any]]:
     """(owner, name, replacement) in torch's Dynamo."""
     import torch._dynamo.convert_frame as convert_frame
     import torch._dynamo.guards as guards
-    import torch._dynamo.output_graph as output_graph
-    import torch.fx.experimental.symbolic_shapes as symbolic_shapes
     from torch._dynamo.exc import Unsupported
 
     original = convert_frame._compile
@@ -84,8 +89,5 @@ def replacements() -> list[tuple[Any, Any, Any]]:
 
     return [
         (convert_frame, "_compile", compile_frame),
-        *[
-            (module, "uninteresting_files", _with_our_files(module.uninteresting_files))
-            for module in (guards, output_graph, symbolic_shapes)
-        ],
+        (guards, "uninteresting_files", _with_our_files(guards.uninteresting_files)),
     ]

@@ -192,6 +192,11 @@ class LocalTensor(Tensor):
             t.is_contiguous(memory_format=memory_format) for t in self._local_tensors.values()
         )
 
+    @property
+    def nbytes(self) -> int:
+        """A number per rank where the shards' sizes differ; torch's C++ asks for one."""
+        return self.numel() * self.element_size()
+
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
         """Itself where all shards are contiguous, else a copy on every rank."""
         if self.is_contiguous(memory_format=memory_format):

@@ -16,48 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._torch import bucket_assignment, disable_dynamo
-from ..collectives.groups import groups_of
-from ..errors import LocalTensorError, PlainTensorError, UnsupportedError, per_rank_text
-from ..values.tensor import LocalTensor
-from .state import enabled_local_tensor_mode
-
-
-class GradBucket:
-    """What a communication hook is given: the gradients of some parameters in one flat tensor."""
-
-    def __init__(
-        self, index: int, buffer: Tensor, views: list[Tensor], params: list[Tensor], last: bool
-    ) -> None:
-        self._index, self._buffer, self._views = index, buffer, views
-        self._parameters, self._last = params, last
-
-    def index(self) -> int:
-        return self._index
-
-    def buffer(self) -> Tensor:
-        return self._buffer
-
-    def set_buffer(self, tensor: Tensor) -> None:
-        self._buffer = tensor
-
-    def gradients(self) -> list[Tensor]:
-        return self._views
-
-    def parameters(self) -> list[Tensor]:
-        return self._parameters
-
-    def is_last(self) -> bool:
-        return self._last
-
-
-@dataclass
-class _Bucket:
-    indices: list[int]
-    contents: Tensor
-    views: list[Tensor]
-    pending: int = 0
-    future: Any = None
+from .._torch import disable_dynamo
+from ..errors import LocalTensorError, UnsupportedError
+from .bucket_memory import Bucket, GradBucket, flat_views, is_alias
+from .bucket_parameters import assign_buckets, check_parameters
 
 
 @dataclass
@@ -142,14 +104,14 @@ class Reducer:
         )
 
     # ---- buckets
-    def _make_buckets(self, bucket_indices: list[list[int]]) -> list[_Bucket]:
+    def _make_buckets(self, bucket_indices: list[list[int]]) -> list[Bucket]:
         return [self._make_bucket(list(indices)) for indices in bucket_indices]
 
-    def _make_bucket(self, indices: list[int]) -> _Bucket:
+    def _make_bucket(self, indices: list[int]) -> Bucket:
         params = [self._params[i].detach() for i in indices]
         numel = sum(p.numel() for p in params)
         contents = params[0].new_empty((numel,))
-        bucket = _Bucket(indices, contents, _views(contents, params))
+        bucket = Bucket(indices, contents, flat_views(contents, params))
         if self._as_view:
             for index, view in zip(indices, bucket.views):
                 grad = self._params[index].grad
@@ -255,7 +217,7 @@ class Reducer:
         torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     @torch.no_grad()
-    def _copy_in(self, bucket: _Bucket, index: int) -> None:
+    def _copy_in(self, bucket: Bucket, index: int) -> None:
         view = bucket.views[bucket.indices.index(index)]
         param = self._params[index]
         grad = param.grad
@@ -264,7 +226,7 @@ class Reducer:
         size = self._group.size()
         if grad is None:
             view.zero_()
-        elif _is_alias(grad, view):
+        elif is_alias(grad, view):
             if divide:
                 view.div_(size)
         else:
@@ -313,7 +275,7 @@ class Reducer:
             self._used.clear()
 
     @torch.no_grad()
-    def _copy_out(self, bucket: _Bucket) -> None:
+    def _copy_out(self, bucket: Bucket) -> None:
         params = [self._params[i] for i in bucket.indices]
         views = bucket.views
         if bucket.future is not None:
@@ -321,11 +283,11 @@ class Reducer:
             bucket.future = None
             if isinstance(result, (list, tuple)):
                 (result,) = result
-            views = _views(result, [p.detach() for p in params])
+            views = flat_views(result, [p.detach() for p in params])
         for index, param, view_in, view in zip(bucket.indices, params, bucket.views, views):
             unused = (self._static_graph or self._find_unused) and index not in self._used
             if self._as_view:
-                if view is not view_in and not _is_alias(view_in, view):
+                if view is not view_in and not is_alias(view_in, view):
                     view_in.copy_(view)
                 if not unused and param.grad is None:
                     param.grad = view_in
@@ -416,95 +378,6 @@ class Logger:
 
     def _get_ddp_logging_data(self) -> Any:
         raise UnsupportedError("DistributedDataParallel's logging data is not simulated.")
-
-
-def check_parameters(params: Sequence[Tensor]) -> None:
-    """Raise PlainTensorError where a parameter has no shard per rank."""
-    for index, param in enumerate(params):
-        if not isinstance(param, LocalTensor):
-            raise PlainTensorError(
-                f"DistributedDataParallel got a parameter (index {index}, shape "
-                f"{tuple(param.shape)}) that is a plain {type(param).__name__}: ranks could not "
-                "hold different gradients. Build the module inside LocalTensorMode, or convert it "
-                "with localtensor_compile.replicate(module) first."
-            )
-
-
-def verify_across_ranks(group: Any, params: Sequence[Tensor]) -> None:
-    """Raise as real ranks do where a parameter's shape differs within a group.
-
-    Raises:
-        LocalTensorError: sizes or strides differ from those of the group's first rank.
-    """
-    mode = enabled_local_tensor_mode()
-    check_parameters(params)
-    for members in groups_of(group, mode._sorted_ranks).ranks:  # type: ignore[union-attr]
-        for index, param in enumerate(params):
-            shards = param._local_tensors
-            layouts = {r: (tuple(shards[r].shape), shards[r].stride()) for r in members}
-            if len(set(layouts.values())) > 1:
-                raise LocalTensorError(
-                    f"params[{index}] appears not to match sizes and strides of the same param in "
-                    f"process {members[0]}: {per_rank_text(layouts)}. DistributedDataParallel "
-                    "needs the same module on every rank."
-                )
-
-
-def assign_buckets(
-    params: Sequence[Tensor],
-    size_limits: Sequence[int],
-    expect_sparse: Sequence[bool],
-    indices: Sequence[int] = (),
-) -> tuple[list[list[int]], list[int]]:
-    """torch's assignment of parameters to buckets, which must be the same on every rank.
-
-    Raises:
-        UnsupportedError: parameters of other sizes on some ranks lead to other buckets there.
-    """
-    check_parameters(params)
-    found: dict[int, Any] = {}
-    for rank in params[0]._local_tensors:
-        shards = [p._local_tensors[rank] for p in params]
-        found[rank] = bucket_assignment(
-            shards, list(size_limits), list(expect_sparse), list(indices)
-        )
-    first = next(iter(found.values()))
-    if any(f != first for f in found.values()):
-        raise UnsupportedError(
-            "DistributedDataParallel would put parameters into other buckets on some ranks: "
-            f"{per_rank_text({r: str(f[0]) for r, f in found.items()})}. Their sizes differ "
-            "between ranks; give bucket_cap_mb a value that holds all of them."
-        )
-    return first
-
-
-def _views(flat: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """One view of a bucket per parameter, laid out as the parameter where that is dense."""
-    views, offset = [], 0
-    for param in params:
-        numel = param.numel()
-        if _is_dense(param):
-            views.append(torch.as_strided(flat, param.size(), param.stride(), offset))
-        else:
-            views.append(flat.narrow(0, offset, numel).view(param.size()))
-        offset = offset + numel
-    return views
-
-
-def _is_dense(param: Any) -> bool:
-    """Whether every shard's elements lie side by side in memory, in whatever order."""
-    for shard in param._local_tensors.values():
-        expected = 1
-        for stride, size in sorted(zip(shard.stride(), shard.shape)):
-            if size != 1 and stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def _is_alias(one: Any, other: Any) -> bool:
-    shards = other._local_tensors
-    return all(torch._C._is_alias_of(t, shards[r]) for r, t in one._local_tensors.items())
 
 
 def _reachable(outputs: Sequence[Tensor]) -> set[Any]:

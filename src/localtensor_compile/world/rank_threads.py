@@ -18,21 +18,39 @@ from ..errors import CollectiveError
 from .state import acting
 
 
+class _Stopped(Exception):
+    """Ends the thread of a rank that waits in vain."""
+
+
 class _Meeting:
     """Where the ranks' threads exchange objects."""
 
     def __init__(self, ranks: Sequence[int]) -> None:
         self.ranks = tuple(ranks)
-        self.barrier = threading.Barrier(len(self.ranks))
+        self._changed = threading.Condition()
         self._brought: dict[int, Any] = {}
+        self._taken: dict[int, dict[int, Any]] = {}
+        self._over = False
 
     def exchange(self, mine: Any) -> dict[int, Any]:
         """{rank: a copy of what it brought}."""
-        self._brought[acting.rank] = mine  # type: ignore[index]
-        self.barrier.wait()
-        found = {r: copy.deepcopy(self._brought[r]) for r in self.ranks}
-        self.barrier.wait()
-        return found
+        with self._changed:
+            self._brought[acting.rank] = mine  # type: ignore[index]
+            if len(self._brought) == len(self.ranks):
+                found = {r: self._brought[r] for r in self.ranks}
+                self._taken = {r: copy.deepcopy(found) for r in self.ranks}
+                self._brought = {}
+                self._changed.notify_all()
+            self._changed.wait_for(lambda: acting.rank in self._taken or self._over)
+            if acting.rank not in self._taken:
+                raise _Stopped
+            return self._taken.pop(acting.rank)
+
+    def leave(self) -> None:
+        """A rank is done: nobody can meet any more."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
 
 
 class _Current(threading.local):
@@ -47,6 +65,7 @@ def run_in_threads(ranks: Sequence[int], fn: Callable[[int], Any]) -> dict[int, 
 
     Raises:
         Exception: what the first rank to fail raised; the others are stopped.
+        CollectiveError: a rank is done while others wait for it.
     """
     meeting = _Meeting(ranks)
     results: dict[int, Any] = {}
@@ -56,11 +75,12 @@ def run_in_threads(ranks: Sequence[int], fn: Callable[[int], Any]) -> dict[int, 
         acting.rank, _current.meeting = rank, meeting
         try:
             results[rank] = fn(rank)
-        except threading.BrokenBarrierError:
-            pass  # another rank failed, and its error is the one to see
+        except _Stopped:
+            pass
         except BaseException as error:
             errors.append(error)
-            meeting.barrier.abort()
+        finally:
+            meeting.leave()
 
     threads = [threading.Thread(target=run, args=(r,), name=f"rank {r}") for r in meeting.ranks]
     for thread in threads:

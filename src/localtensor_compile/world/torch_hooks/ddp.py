@@ -12,12 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ..gradient_buckets import (
-    Logger,
-    Reducer,
-    assign_buckets,
-    verify_across_ranks,
-)
+from ..bucket_parameters import assign_buckets, verify_across_ranks
+from ..gradient_buckets import Logger, Reducer
 from ..state import enabled_local_tensor_mode
 
 Replacement = tuple[Any, str, Any]

@@ -43,9 +43,10 @@ def _once_per_rank() -> Iterator[Replacement]:
     guess = per_rank_code.maybe_run_for_local_tensor(_plain(getattr(tensor_utils, name)))
     for module in (tensor_utils, tensor_api):
         yield module, name, guess
-    chunk = placement_types.Shard._custom_chunk
-    per_rank_chunk = per_rank_code.maybe_run_for_local_tensor(chunk)
-    yield placement_types.Shard, "_custom_chunk", staticmethod(per_rank_chunk)
+    chunk = getattr(placement_types.Shard, "_custom_chunk", None)
+    if chunk is not None:  # not in every supported version
+        per_rank_chunk = per_rank_code.maybe_run_for_local_tensor(chunk)
+        yield placement_types.Shard, "_custom_chunk", staticmethod(per_rank_chunk)
     name = "_chunk_or_narrow_cat"  # of all_gather and reduce_scatter along another dimension
     if hasattr(torch._utils, name):
         chunk_cat = _chunks_per_rank(getattr(torch._utils, name))
