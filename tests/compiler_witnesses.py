@@ -296,6 +296,28 @@ def tensors_saved_beside_a_mutated_input() -> None:
         same(leaf.grad, rank, alone.grad)
 
 
+def _sign_by_column(x: Tensor) -> Tensor:
+    """Asks for the number of columns: traced, their symbol gets one value."""
+    return torch.cat([torch.where(x[:, i : i + 1] > 0, 1.0, -1.0) for i in range(x.shape[1])], 1)
+
+
+@needs("torch._functorch._aot_autograd.graph_capture_wrappers.unwrap_tensor_subclasses")
+def size_that_becomes_a_number_while_it_is_traced() -> None:
+    x = local(lambda r: torch.arange(1.0, 7.0).view(2, 3) - 7 * r, requires_grad=True)
+    backend = aot_autograd(
+        fw_compiler=lambda gm, inputs: make_boxed_func(gm.forward),
+        decompositions={torch.ops.aten.sign.default: _sign_by_column},
+    )
+    step = lambda x: (x * x, x.sign())
+    square, sign = torch.compile(step, backend=backend, fullgraph=True, dynamic=True)(x)
+    square.sum().backward()
+    for rank in RANKS:
+        alone = x.detach()._local_tensors[rank]
+        same(square, rank, alone * alone)
+        same(sign, rank, torch.full((2, 3), 1.0 - 2 * rank))
+        same(x.grad, rank, 2 * alone)
+
+
 @needs("AOTDispatchAutograd.process_runtime_tangent")
 def plain_gradient() -> None:
     x = even(requires_grad=True)

@@ -60,6 +60,18 @@ def test_more_mesh_dims_compiled(world, mesh_shape, shape, every, graphs):
     verify(redistribute.more_dims, world, graphs=graphs, **arguments)
 
 
+# Two uneven dimensions swapped: the ranks' guards together leave one value for a symbol.
+RECOMPILED = [
+    ({"first": 48, "every": 999, "dynamic": True}, 1),
+    pytest.param({"every": 4, "per_graph": 10}, 5, marks=slow),
+]
+
+
+@pytest.mark.parametrize(("pairs", "graphs"), RECOMPILED)
+def test_dynamic_shapes(pairs, graphs):
+    verify(redistribute.more_dims, 4, graphs=graphs, mesh_shape=(2, 2), shape=(5, 3), **pairs)
+
+
 @pytest.mark.parametrize("shape", [(8, 4), pytest.param((7, 5), marks=slow)])
 def test_strided_shards(shape):
     verify(redistribute.strided, 4, mesh_shape=(2, 2), shape=shape, graphs=None)

@@ -49,6 +49,7 @@ def outcome(
     pairs: Sequence[Pair],
     shape: Sequence[int],
     per_graph: int = 64,
+    dynamic: bool | None = None,
 ) -> dict[str, Any]:
     """Every pair's redistributed shard and gradient, `per_graph` pairs per compiled function."""
     found: dict[str, Any] = {}
@@ -58,7 +59,8 @@ def outcome(
             placed(world, mesh, src, shape, start + i).detach().requires_grad_()
             for i, (src, _) in enumerate(batch)
         ]
-        results = world.compile(_redistribute_each([dst for _, dst in batch]))(leaves)
+        redistribute = _redistribute_each([dst for _, dst in batch])
+        results = world.compile(redistribute, dynamic=dynamic)(leaves)
         loss = sum(r.mul(r.detach()).sum() for r in results)
         loss.backward()
         for (src, dst), result, leaf in zip(batch, results, leaves):
@@ -107,12 +109,18 @@ def one_dim(world: Any, shape: Sequence[int]) -> dict[str, Any]:
 
 
 def more_dims(
-    world: Any, mesh_shape: Sequence[int], shape: Sequence[int], every: int = 1
+    world: Any,
+    mesh_shape: Sequence[int],
+    shape: Sequence[int],
+    every: int = 1,
+    first: int = 0,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Every `every`-th pair on a mesh of two or three dimensions."""
+    """Every `every`-th pair, from the `first` on, on a mesh of two or three dimensions."""
     mesh = world.mesh(mesh_shape, ("a", "b", "c")[: len(mesh_shape)])
     ends = [Shard(0), Shard(1), Replicate(), Partial()]
-    return outcome(world, mesh, pairs_between(ends, len(mesh_shape))[::every], shape)
+    pairs = pairs_between(ends, len(mesh_shape))[first::every]
+    return outcome(world, mesh, pairs, shape, **options)
 
 
 def strided_alone(world: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ..errors import PlainTensorError
 from ..values.int_node import make_int
 from ..values.rank_node import is_ranked
 from ..values.tensor import LocalTensor, _wrap
+from .settled_sizes import counted, traced_as_counted
 
 
 def _same_bits(out: Tensor, target: Tensor) -> Tensor:
@@ -68,9 +69,10 @@ def _replicated_tangent(tangent: Tensor, meta: Any) -> LocalTensor:
     Raises:
         PlainTensorError: the output has another shape on some rank.
     """
-    expected = [s if type(s) is int and s >= 0 else None for s in meta.outer_size]
+    # None is a symbol that all ranks share, -1 a size per rank.
+    expected = tuple(meta.outer_size)
     if len(expected) != tangent.dim() or any(
-        size is None or size != got for size, got in zip(expected, tangent.shape)
+        size is not None and size != got for size, got in zip(expected, tangent.shape)
     ):
         raise PlainTensorError(
             f"the gradient of a LocalTensor output of ranks {list(meta.meta)} is a plain "
@@ -137,10 +139,15 @@ def replacements() -> list[tuple[Any, str, Any]]:
 
     @functools.wraps(dispatch)
     def aot_dispatch_subclass(*args: Any, **kwargs: Any) -> Any:
-        result = dispatch(*args, **kwargs)
-        if result.maybe_subclass_meta is not None and kwargs["is_joint_structure"]:
+        outputs = kwargs["meta"].subclass_fw_graph_out_meta
+        with counted(outputs):
+            result = dispatch(*args, **kwargs)
+        if result.maybe_subclass_meta is None:
+            return result
+        if kwargs["is_joint_structure"]:
             _count_mutated_shards(kwargs["meta"], result.maybe_subclass_meta.fw_metadata)
-        return result
+        trace = traced_as_counted(result.plain_tensor_trace_fn, outputs)
+        return result._replace(plain_tensor_trace_fn=trace)
 
     autograd = runtime_wrappers.AOTDispatchAutograd
     process = autograd.process_runtime_tangent
