@@ -553,6 +553,13 @@ def uneven_redistribute(name: str) -> None:
     same(step(whole), [2.0 * i for i in range(6)])
 
 
+@needs("Replicate._make_replicate_tensor")
+def plain_tensor_that_is_replicated() -> None:
+    x = distribute_tensor(plain(2), init_device_mesh("cpu", (WORLD,)), [Replicate()]).to_local()
+    x.add_(dist.get_rank())
+    same(x, *([1.0 + r] * 2 for r in range(WORLD)))
+
+
 @needs("Shard._custom_chunk")
 def cut_twice() -> None:
     x = distribute_tensor(torch.arange(3.0), grid(), [Shard(0), Shard(0)])

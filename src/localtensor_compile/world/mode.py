@@ -22,6 +22,7 @@ from ..values.ranked import pick
 from ..values.tensor import LocalTensor
 from . import torch_hooks
 from .per_rank_code import join_shards, split_shards
+from .plain_replicas import PlainReplicas
 from .state import enabled_local_tensor_mode, get_local_tensor_mode_list, local_tensor_mode
 
 REDUCTIONS = ("gloo", "rank_order")
@@ -79,6 +80,7 @@ class LocalTensorMode:
         self._exits: list[contextlib.ExitStack] = []
         self._function_mode = torch_hooks.function_mode(self)
         self._rng = torch_hooks.rank_generators(self)
+        self._replicas = PlainReplicas(self._sorted_ranks)
 
     def __repr__(self) -> str:
         return f"LocalTensorMode(ranks={list(self._sorted_ranks)}, reduction={self.reduction!r})"
@@ -97,6 +99,7 @@ class LocalTensorMode:
             stack.enter_context(torch_hooks.installed())
             stack.enter_context(torch_hooks.cache_key(self._fingerprint))
             stack.enter_context(self._rng)
+            stack.callback(self._replicas.forget)
             if self.sharding_independent_rng:
                 stack.enter_context(torch_hooks.independent_draws())
             stack.enter_context(self._function_mode)

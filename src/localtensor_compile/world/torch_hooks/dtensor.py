@@ -6,12 +6,15 @@ Python once per rank. While one of our modes is active, that module answers with
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.distributed.tensor import placement_types
 
 from .. import per_rank_code, state
+from ..rank_numbers import is_plain
 
 Replacement = tuple[Any, str, Any]
 
@@ -22,9 +25,32 @@ def replacements() -> Iterator[Replacement]:
     upstream = placement_types.maybe_run_for_local_tensor.__globals__
     yield upstream, "get_local_tensor_mode_list", state.get_local_tensor_mode_list
     yield upstream, "_for_each_rank_run_func", per_rank_code.for_each_rank
+    name = "_make_replicate_tensor"
+    original = placement_types.Replicate.__dict__.get(name)
+    if original is not None:  # not in every supported version
+        yield placement_types.Replicate, name, classmethod(_replicating(original.__func__))
     from . import dtensor_sharding
 
     yield from dtensor_sharding.replacements()
+
+
+def _replicating(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The broadcast of distribute_tensor, of what each rank has: a plain tensor is copied first."""
+
+    @functools.wraps(original)
+    def make_replicate_tensor(cls: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        mode = state.enabled_local_tensor_mode()
+        if (
+            mode is not None
+            and state.acting.rank is None
+            and not torch.compiler.is_compiling()
+            and is_plain(tensor)
+            and tensor.layout is torch.strided
+        ):
+            tensor = mode._replicas.of(tensor)
+        return original(cls, tensor, *args, **kwargs)
+
+    return make_replicate_tensor
 
 
 def forget_sharding() -> None:
