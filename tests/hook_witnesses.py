@@ -560,6 +560,18 @@ def plain_tensor_that_is_replicated() -> None:
     same(x, *([1.0 + r] * 2 for r in range(WORLD)))
 
 
+@needs("torch.distributed.tensor.experimental._context_parallel._attention._create_cp_block_mask")
+def rank_in_block_mask() -> None:
+    """Rank r has the queries of block r from the front and of block r from the back."""
+    from torch.distributed.tensor.experimental._context_parallel import _attention
+
+    length, mesh = 2 * 128 * WORLD, init_device_mesh("cpu", (WORLD,))
+    causal = lambda b, h, q, kv: q >= kv
+    with torch.compiler.set_stance("force_eager"):  # torch compiles create_block_mask
+        mask = _attention._create_cp_block_mask(causal, 1, 1, length, length, mesh)
+    same(mask.full_kv_num_blocks, *([[[r, 2 * WORLD - 1 - r]]] for r in range(WORLD)))
+
+
 @needs("Shard._custom_chunk")
 def cut_twice() -> None:
     x = distribute_tensor(torch.arange(3.0), grid(), [Shard(0), Shard(0)])

@@ -11,6 +11,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch._library.custom_ops import OPDEFS as OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensor as FunctionalTensor

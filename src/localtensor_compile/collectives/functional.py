@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .._torch import OPDEFS
 from ..errors import UnsupportedError
 from ..values.op_table import Handler, implements_namespace
 from ..values.tensor import LocalTensor, _wrap
@@ -35,6 +36,17 @@ def _choose(func: Any) -> Handler:
 
     def handler(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return fn(*args, **kwargs)
+
+    return handler
+
+
+@implements_namespace("cplib")
+def _choose_composed(func: Any) -> Handler:
+    """Of torch's context parallelism: ops whose Python code is made of functional collectives."""
+    implementation = OPDEFS[func._schema.name]._init_fn
+
+    def handler(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return implementation(*args, **kwargs)
 
     return handler
 

@@ -23,6 +23,7 @@ from .._torch import (
     disable_dynamo,
     mark_constructor_exportable,
     never_traced,
+    own_frame_never_compiled,
     tracing_active,
 )
 from ..errors import ShardError, UnsupportedError, per_rank_text
@@ -197,6 +198,7 @@ class LocalTensor(Tensor):
         """A number per rank where the shards' sizes differ; torch's C++ asks for one."""
         return self.numel() * self.element_size()
 
+    @own_frame_never_compiled  # where a compiled module's hook, which Dynamo skips, calls it
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
         """Itself where all shards are contiguous, else a copy on every rank."""
         if self.is_contiguous(memory_format=memory_format):
