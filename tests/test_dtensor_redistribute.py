@@ -7,7 +7,7 @@ and AOTAutograd about as long as gloo needs for all of them.
 import pytest
 
 from tests.parallel import dtensor_redistribute as redistribute
-from tests.parallel.harness import refused, verify
+from tests.parallel.harness import refused, verify, worlds
 
 pytestmark = [pytest.mark.gloo, pytest.mark.xdist_group("gloo")]
 slow = pytest.mark.slow
@@ -84,3 +84,8 @@ def test_strided_shards_compiled():
 def test_strided_shards_refused():
     """torch does not redistribute uneven strided shards."""
     refused(redistribute.uneven_strided, 4, "AssertionError", "", compiled=False)
+
+
+@pytest.mark.parametrize("world", worlds(3))
+def test_conjugates_of_uneven_shards(world):
+    verify(redistribute.conjugates, world)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -154,3 +155,21 @@ def uneven_strided(world: Any) -> dict[str, Any]:
     placements = [_StridedShard(0, split_factor=2), Shard(0)]
     x = distribute_tensor(draw(7, 5), mesh, placements)
     return {"x": world.compile(lambda x: x.redistribute(placements=[Replicate()] * 2))(x)}
+
+
+def conjugates(world: Any) -> dict[str, Any]:
+    """Ranks whose shard is padded carry the conjugation out, the others gather a view."""
+    mesh = world.mesh(names="d")
+    real = distribute_tensor(draw(4, 2 * world.size - 1, 6), mesh, [Shard(1)]).requires_grad_()
+    x = distribute_tensor(draw(2 * world.size - 1, 2) + 1j, mesh, [Shard(0)])
+
+    def whole(real: Any, x: Any) -> Any:
+        inverse = torch.fft.ifft(real, norm="ortho").full_tensor()
+        imag = DTensor.from_local(
+            x.to_local().conj().imag, mesh, x.placements, shape=x.shape, stride=x.stride()
+        )
+        return inverse, x.conj().full_tensor(), imag.full_tensor()
+
+    inverse, conjugate, negative = world.compile(whole)(real, x)
+    inverse.abs().sum().backward()
+    return {"inverse": inverse, "conj": conjugate, "neg": negative, "grad": real.grad}

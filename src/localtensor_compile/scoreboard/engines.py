@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ..check.gloo import GlooError, GlooPool
 from ..values.ranked import per_rank_values
 from ..world.mode import LocalTensorMode, replicate
+from ..world.torch_hooks.dtensor import forget_sharding
 from . import cases as running
 from . import ops
 from .cases import Case, Outcome
@@ -89,7 +90,8 @@ def real(
             by_rank = pool.run(_on_real_rank, world_size, [case], backend, timeout=patience)
             alone.append({rank: results[0] for rank, results in by_rank.items()})
         except GlooError as error:
-            failed = Result(error=_gloo_text(error, world_size))
+            late = HANGS if backend is None else f"not done in {patience:g} s"
+            failed = Result(error=_gloo_text(error, world_size, late))
             alone.append(dict.fromkeys(range(world_size), failed))
     return alone
 
@@ -145,11 +147,15 @@ class NothingCompiled(Exception):
 
 @contextlib.contextmanager
 def _fresh_compiler() -> Iterator[Any]:
-    """No compiled code from before, none left behind, and none from caches on the disk."""
+    """No compiled code from before, none left behind, and none from caches on the disk.
+
+    What DTensor remembers of an eager run is forgotten: it can hide a failure of tracing.
+    """
     import torch._inductor.config as inductor
     from torch._dynamo.utils import counters
 
     torch.compiler.reset()
+    forget_sharding()
     counters.clear()
     try:
         # The caches' keys know neither this package's version nor its sources.
@@ -207,7 +213,7 @@ def is_divided(results: Results) -> bool:
     )
 
 
-def _gloo_text(error: GlooError, world_size: int) -> str:
+def _gloo_text(error: GlooError, world_size: int, late: str) -> str:
     texts: dict[str, list[int]] = {}
     for rank, raised in sorted(error.raised.items()):
         text = raised.strip().rpartition("\n")[2].partition(f"{RaisedOnRank.__name__}: ")[2]
@@ -222,4 +228,4 @@ def _gloo_text(error: GlooError, world_size: int) -> str:
         )
     if error.exited:
         return "a rank died"
-    return HANGS
+    return late

@@ -31,7 +31,7 @@ class Plan:
     backends: tuple[str, ...] = BACKENDS
     samples: int = 2
     shardings: int = 5
-    compiled: Mapping[str, int] = field(default_factory=lambda: {"aot_eager": 3, "inductor": 2})
+    compiled: Mapping[str, int] = field(default_factory=lambda: {"aot_eager": 2, "inductor": 1})
 
     def as_json(self) -> dict[str, Any]:
         sizes = [[name, *sorted(values.items())] for name, values in ops.SIZES.items()]

@@ -114,7 +114,8 @@ def for_each_rank(
 ) -> Any:
     """Run a Python function once per rank on that rank's values and combine the results.
 
-    The function must have no side effects. Raises RankDivergence where results do not combine.
+    The function must have no side effects. `alias=False` says that nobody relies on results that
+    share memory with the arguments. Raises RankDivergence where results do not combine.
     """
     flat, spec = pytree.tree_flatten((tuple(args), kwargs))
     results: dict[int, Any] = {}
@@ -125,7 +126,25 @@ def for_each_rank(
             results[r] = func(*rank_args, **rank_kwargs)
         else:
             results[r] = mode._on_rank(r, func, *rank_args, **rank_kwargs)
+    if not alias:
+        results = _with_one_lazy_bit(results)
     return combine(results, getattr(func, "__name__", str(func)) + "()")
+
+
+def _with_one_lazy_bit(results: dict[int, Any]) -> dict[int, Any]:
+    """The results with conj and neg bits carried out where only some ranks have them.
+
+    Padding does so: a rank whose shard of a conjugate tensor is padded gets fresh memory, the
+    others get the conjugate view back.
+    """
+    for has, resolve in (
+        (Tensor.is_conj, Tensor.resolve_conj),
+        (Tensor.is_neg, Tensor.resolve_neg),
+    ):
+        bits = {has(t) if isinstance(t, Tensor) else None for t in results.values()}
+        if bits == {True, False}:
+            results = {r: resolve(t) for r, t in results.items()}
+    return results
 
 
 def maybe_run_for_local_tensor(func: Callable[_P, _R]) -> Callable[_P, _R]:
