@@ -19,6 +19,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._library.opaque_object import MemberType, register_opaque_type
 from torch._opaque_base import OpaqueBase
+from torch.nn.parallel import DistributedDataParallel
 
 import localtensor_compile
 from localtensor_compile import (
@@ -249,6 +250,17 @@ if VERSION >= (2, 14):  # which shows `x[i] = v` to no torch function mode
 @needs("torch._functorch._aot_autograd.runtime_wrappers.gen_alias_from_base")
 def conjugate_view_of_an_input() -> None:
     require(lambda x: x.conj(), local(lambda r: torch.tensor([1.0 + 2j, r + 3j])))
+
+
+@needs("FakifiedOutWrapper.post_compile")
+def graph_split_at_buckets() -> None:
+    with LocalTensorMode(2):
+        module = nn.Sequential(nn.Linear(2, 600), nn.Linear(600, 600), nn.Linear(600, 1))
+        x = rank_map(lambda r: torch.ones(1, 2) * r)
+        split = torch.compile(DistributedDataParallel(module, bucket_cap_mb=1), backend="aot_eager")
+        out, expected = split(x), module(x)
+    for rank in RANKS:
+        same(out, rank, expected._local_tensors[rank])
 
 
 @needs("torch._functorch.aot_autograd.run_functionalized_fw_and_collect_metadata")

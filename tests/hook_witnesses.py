@@ -462,11 +462,6 @@ def parameters_that_differ_within_a_group() -> None:
         assert "needs the same module on every rank" in str(error)
 
 
-@needs("DistributedDataParallel._get_active_ddp_module")
-def compiled_around_buckets() -> None:
-    data_parallel.ddp_compiled(World(WORLD, backend="aot_eager"), outside=True, bucket_cap_mb=1e-4)
-
-
 # ---------------------------------------------------------------- checkpoints
 def new_folder() -> str:
     folder = tempfile.mkdtemp()

@@ -79,7 +79,7 @@ def test_compiled_around_ddp(world):
 
 
 def test_compiled_around_buckets():
-    """On real ranks the graph is split at the buckets; here it stays whole, to equal bits."""
+    """DDPOptimizer splits Dynamo's one graph at the buckets, as on real ranks."""
     verify_as_real(data_parallel.ddp_compiled, 2, graphs=1, graph_breaks=3, model="Wide")
 
 

@@ -166,13 +166,18 @@ def joined(world: Any) -> dict[str, Any]:
 def ddp_compiled(
     world: Any, outside: bool = True, model: str = "Net", **options: Any
 ) -> dict[str, Any]:
-    """DDP compiled from outside, or a compiled module inside DDP."""
+    """DDP compiled from outside, or a compiled module inside DDP; in how many graphs."""
+    from torch._dynamo.utils import counters
+
+    before = counters["aot_autograd"]["total"]
     module: Any = fill(Net(7, 10) if model == "Net" else Wide())
     if outside:
         wrapped = world.compile(DistributedDataParallel(module, **options), fullgraph=False)
     else:
         wrapped = DistributedDataParallel(world.compile(module), **options)
-    return train(world, wrapped, torch.optim.SGD(module.parameters(), lr=0.1), 7, steps=3)
+    found = train(world, wrapped, torch.optim.SGD(module.parameters(), lr=0.1), 7, steps=3)
+    graphs = counters["aot_autograd"]["total"] - before
+    return {**found, "graphs": torch.tensor(graphs)}
 
 
 def replicated(world: Any, compiled: bool = False, **options: Any) -> dict[str, Any]:

@@ -165,11 +165,8 @@ def conjugates(world: Any) -> dict[str, Any]:
 
     def whole(real: Any, x: Any) -> Any:
         inverse = torch.fft.ifft(real, norm="ortho").full_tensor()
-        imag = DTensor.from_local(
-            x.to_local().conj().imag, mesh, x.placements, shape=x.shape, stride=x.stride()
-        )
-        return inverse, x.conj().full_tensor(), imag.full_tensor()
+        return inverse, x.conj().full_tensor()
 
-    inverse, conjugate, negative = world.compile(whole)(real, x)
+    inverse, conjugate = world.compile(whole)(real, x)
     inverse.abs().sum().backward()
-    return {"inverse": inverse, "conj": conjugate, "neg": negative, "grad": real.grad}
+    return {"inverse": inverse, "conj": conjugate, "grad": real.grad}

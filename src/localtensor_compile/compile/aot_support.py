@@ -17,6 +17,7 @@ from ..values.int_node import make_int
 from ..values.rank_node import is_ranked
 from ..values.tensor import LocalTensor, _wrap
 from .settled_sizes import counted, traced_as_counted
+from .split_graphs import returning_subclasses
 
 
 def _same_bits(out: Tensor, target: Tensor) -> Tensor:
@@ -174,8 +175,10 @@ def replacements() -> list[tuple[Any, str, Any]]:
 
         found.append((subclass_utils, "_find_attr_matching_outer_metadata", find_attr))
 
+    first_call = runtime_wrappers.FakifiedOutWrapper
     return [
         *found,
+        (first_call, "post_compile", returning_subclasses(first_call.post_compile)),
         (runtime_wrappers, "gen_alias_from_base", gen_alias_from_base),
         (aot_autograd, "run_functionalized_fw_and_collect_metadata", collect_metadata),
         (graph_capture, "aot_dispatch_subclass", aot_dispatch_subclass),

@@ -127,24 +127,18 @@ def for_each_rank(
         else:
             results[r] = mode._on_rank(r, func, *rank_args, **rank_kwargs)
     if not alias:
-        results = _with_one_lazy_bit(results)
+        results = _resolved_alike(results)
     return combine(results, getattr(func, "__name__", str(func)) + "()")
 
 
-def _with_one_lazy_bit(results: dict[int, Any]) -> dict[int, Any]:
-    """The results with conj and neg bits carried out where only some ranks have them.
+def _resolved_alike(results: dict[int, Any]) -> dict[int, Any]:
+    """The results with the conjugation carried out where only some ranks have the lazy bit.
 
     Padding does so: a rank whose shard of a conjugate tensor is padded gets fresh memory, the
     others get the conjugate view back.
     """
-    for has, resolve in (
-        (Tensor.is_conj, Tensor.resolve_conj),
-        (Tensor.is_neg, Tensor.resolve_neg),
-    ):
-        bits = {has(t) if isinstance(t, Tensor) else None for t in results.values()}
-        if bits == {True, False}:
-            results = {r: resolve(t) for r, t in results.items()}
-    return results
+    bits = {t.is_conj() if isinstance(t, Tensor) else None for t in results.values()}
+    return {r: t.resolve_conj() for r, t in results.items()} if bits == {True, False} else results
 
 
 def maybe_run_for_local_tensor(func: Callable[_P, _R]) -> Callable[_P, _R]:

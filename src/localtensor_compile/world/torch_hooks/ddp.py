@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from ..bucket_parameters import assign_buckets, verify_across_ranks
 from ..gradient_buckets import Logger, Reducer
@@ -32,16 +31,6 @@ def replacements() -> Iterator[Replacement]:
     yield dist, "_verify_params_across_processes", _instead(verify, verify_params)
     coalesced = dist._broadcast_coalesced
     yield dist, "_broadcast_coalesced", _instead(coalesced, _broadcast_one_by_one)
-    # Dynamo would split graphs at buckets, so that communication overlaps with backward. Nothing
-    # overlaps here, and AOTAutograd wraps the LocalTensors between the parts twice.
-    ddp_class = DistributedDataParallel
-    active = ddp_class.__dict__.get("_get_active_ddp_module")
-    if active is not None:
-        yield (
-            ddp_class,
-            "_get_active_ddp_module",
-            classmethod(_instead(active.__func__, _no_module)),
-        )
     yield dist, "_register_comm_hook", _instead(dist._register_comm_hook, _register_hook)
     builtin = dist._register_builtin_comm_hook
     yield dist, "_register_builtin_comm_hook", _instead(builtin, _register_builtin_hook)
@@ -61,10 +50,6 @@ def _broadcast_one_by_one(group: Any, tensors: Any, buffer_size: int, src: int =
     """Without torch's flat buffers, whose C++ asks for the one size of a tensor."""
     for tensor in tensors:
         dist.broadcast(tensor.detach(), group=group, group_src=src)
-
-
-def _no_module(cls: Any) -> None:
-    return None
 
 
 def _register_hook(reducer: Reducer, state: Any, hook: Any) -> None:
