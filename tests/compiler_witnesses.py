@@ -36,6 +36,7 @@ from localtensor_compile.compile import traced_numbers, traced_tensors
 from localtensor_compile.values.bool_node import make_bool
 from localtensor_compile.values.float_node import make_float
 from localtensor_compile.values.rank_node import is_ranked
+from tests.parallel.data_parallel import Wide
 from tests.witnesses import CACHEABLE, Witnesses, require_cacheable
 
 RANKS = (0, 1)
@@ -77,6 +78,7 @@ def require(function: Callable[..., Any], *args: Any, backend: str = "aot_eager"
 def same(found: LocalTensor, rank: int, expected: Tensor) -> None:
     assert isinstance(found, LocalTensor), type(found)
     shard = found._local_tensors[rank]
+    assert not isinstance(shard, LocalTensor)
     assert torch.equal(shard, expected), f"rank {rank}: {shard} instead of {expected}"
 
 
@@ -255,8 +257,8 @@ def conjugate_view_of_an_input() -> None:
 @needs("FakifiedOutWrapper.post_compile")
 def graph_split_at_buckets() -> None:
     with LocalTensorMode(2):
-        module = nn.Sequential(nn.Linear(2, 600), nn.Linear(600, 600), nn.Linear(600, 1))
-        x = rank_map(lambda r: torch.ones(1, 2) * r)
+        module = Wide()
+        x = rank_map(lambda r: torch.ones(1, 7) * r)
         split = torch.compile(DistributedDataParallel(module, bucket_cap_mb=1), backend="aot_eager")
         out, expected = split(x), module(x)
     for rank in RANKS:
