@@ -562,6 +562,7 @@ def rank_in_block_mask() -> None:
 
     length, mesh = 2 * 128 * WORLD, init_device_mesh("cpu", (WORLD,))
     causal = lambda b, h, q, kv: q >= kv
+    _attention._cp_options.enable_load_balance = True  # others may have set torch's global
     with torch.compiler.set_stance("force_eager"):  # torch compiles create_block_mask
         mask = _attention._create_cp_block_mask(causal, 1, 1, length, length, mesh)
     same(mask.full_kv_num_blocks, *([[[r, 2 * WORLD - 1 - r]]] for r in range(WORLD)))

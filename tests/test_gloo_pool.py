@@ -623,7 +623,7 @@ def test_a_script_stopped_in_a_hang_leaves_no_processes(
         lines.append(process.stdout.readline().strip())
         assert lines[-1] or process.poll() is None, lines
     os.killpg(process.pid, number)  # as the terminal does for Ctrl-C
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     if number is signal.SIGINT:
         assert err.splitlines()[-1] == "KeyboardInterrupt" and err.count("Traceback") == 1
