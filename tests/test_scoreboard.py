@@ -360,6 +360,16 @@ def test_steps_that_ended_a_process_are_not_run_again():
     assert found["reason"] == "timed out after 1 s [real ranks get it right]"
 
 
+def test_cases_of_an_op_that_times_out_are_left_out():
+    late = "timed out after 1 s"
+    lost = {"aot_eager all": late, "aot_eager even 0 S(1)": late}
+    record, steps = run_measure("exp", lost=lost, backends=("eager", "aot_eager"), shardings=5)
+    compiled = [s for s in steps if s.startswith("aot_eager")]
+    assert compiled[0] == "aot_eager even 0 S(0)", compiled
+    assert not [s for s in compiled if "uneven" in s], compiled
+    assert len([c for c in record["cases"] if "aot_eager" in c["results"]]) == 2
+
+
 def test_store_goes_on_after_a_torn_line(tmp_path):
     path = tmp_path / "new" / "results.jsonl"
     store = Store(path, {"samples": 1}, "2.13")

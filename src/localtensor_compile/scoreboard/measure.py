@@ -193,10 +193,14 @@ def _compiled(
         lambda text: [{0: Result(error=text)} for _ in chosen],
     )
     blamed: dict[str, tuple[str, str]] = {}
+    slow = False
     for m, found in zip(chosen, together):
+        if slow:
+            return  # the op's other cases would take as long, and the table says `-`
         name = f"{backend} {label(m.case)}"
         if len(chosen) > 1 and not is_right(found, m.expected, m.random):
             found = _alone(m.case, name, world_size, backend, steps)
+            slow = name in steps.lost
         verdicts = m.verdicts[backend] = judge(found, m.expected, m.random)
         if m.right(backend):
             continue

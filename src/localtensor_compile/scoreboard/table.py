@@ -38,7 +38,8 @@ with torch {torch}; do not edit.
 - Eager runs every case. Per op, number of ranks and set of sizes,
   {compiled}, all in one
   `torch.compile(fullgraph=True, dynamic=False)`, so that a graph break is a failure. The whole
-  tensor is gathered in the compiled function.
+  tensor is gathered in the compiled function. Once a case has timed out on its own, no more of
+  its op are compiled.
 - Gradients of all inputs for fixed random output gradients.
 
 To run it again: `localtensor scoreboard`. It goes on where a run was stopped; `--ops REGEX`,
