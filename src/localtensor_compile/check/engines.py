@@ -74,8 +74,7 @@ def run_simulated(
         counters = _compile_counters()
         counters.clear()
         world = World(world_size, device, "eager" if backend == DYNAMO else backend, degrees)
-        with _one_thread(), _forked_rng(device), LocalTensorMode(world_size) as mode:
-            torch.manual_seed(seed)
+        with simulated_world(world_size, seed, device) as mode:
             values = shards_of(program.function(world), sorted(mode.ranks), whole)
         result.asked = frozenset(world.asked)
         if backend is not None:
@@ -86,6 +85,14 @@ def run_simulated(
         result.outputs = to_plain(values)
 
     return _measured(run)
+
+
+@contextlib.contextmanager
+def simulated_world(world_size: int, seed: int, device: torch.device) -> Iterator[LocalTensorMode]:
+    """A world with one thread per op and seeded random numbers, which leaves the caller's alone."""
+    with _one_thread(), _forked_rng(device), LocalTensorMode(world_size) as mode:
+        torch.manual_seed(seed)
+        yield mode
 
 
 def run_real(

@@ -47,7 +47,7 @@ class World:
     Args:
         size: number of ranks.
         device: where the program should put its tensors.
-        backend: the torch.compile backend of `compile`, None for eager.
+        backend: the torch.compile backend of `compile` or its name, None for eager.
         degrees: degrees of parallelism that `degree` answers with; their product is the size.
 
     Attributes:
@@ -61,7 +61,7 @@ class World:
         self,
         size: int,
         device: torch.device | str = "cpu",
-        backend: str | None = None,
+        backend: str | Callable[..., Any] | None = None,
         degrees: Mapping[str, int] | None = None,
     ) -> None:
         self.size = size

@@ -101,6 +101,16 @@ def groups_of(group: Any, ranks: Sequence[int]) -> Groups:
     return found
 
 
+def mesh_groups(ranks: Sequence[int]) -> dict[str, frozenset[tuple[int, ...]]]:
+    """The groups of each mesh dimension that has process groups of its own, by its name."""
+    found: dict[str, frozenset[tuple[int, ...]]] = {}
+    for process_group in group_ranks():
+        if _made_by_mesh(process_group):
+            name = str(process_group.group_desc).removeprefix("mesh_")
+            found.setdefault(name, frozenset(groups_of(process_group, ranks).ranks))
+    return found
+
+
 def _find(name: str, group: Any, ranks: Sequence[int]) -> Groups:
     try:
         process_group = resolve_group(group)

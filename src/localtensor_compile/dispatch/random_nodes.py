@@ -199,6 +199,57 @@ class Node:
         like = result[0]
         return [like.new_empty(0) if result[i] is None else result[i] for i in self.outputs]
 
+    # ---- one rank's own program
+    def plain_calls(
+        self, index: int, world_size: int, rest: Sequence[Any]
+    ) -> list[tuple[Any, list[Any], dict[str, Any]]]:
+        """[(op, args, kwargs), ...]: the functional ops with which one rank alone would draw.
+
+        The second, if there is one, takes the result of the first as its first argument.
+
+        Args:
+            index: of the rank among those of the node.
+            rest: the node's arguments after `after`, which may be FX nodes.
+
+        Raises:
+            NotImplementedError: no functional op draws so.
+        """
+        calls: list[tuple[Any, list[Any], dict[str, Any]]] = []
+        op = self.func
+        if self.fills:
+            sizes, strides, dtype, device, *rest = rest
+            part = slice(index * len(sizes) // world_size, (index + 1) * len(sizes) // world_size)
+            like = {"dtype": dtype, "device": device}
+            if self is RANDPERM:
+                return [(aten.randperm.default, list(sizes[part]), like)]
+            if strides:
+                memory = [list(sizes[part]), list(strides[part])]
+                calls.append((aten.empty_strided.default, memory, like))
+            else:
+                calls.append((aten.empty.memory_format, [list(sizes[part])], like))
+            op = _functional(self.func)
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for argument, kind, column in zip(self.arguments, self.types, rest):
+            value = _of_rank(kind, column, index)
+            if argument.kwarg_only:
+                kwargs[argument.name] = value
+            else:
+                args.append(value)
+        return [*calls, (op, args, kwargs)]
+
+
+def _functional(fill: Any) -> Any:
+    """`aten.uniform` for `aten.uniform_`, with the same arguments."""
+    name = fill._schema.name.partition("::")[2].removesuffix("_")
+    wanted = [a.name for a in fill._schema.arguments]
+    for packet in (getattr(aten, name, None), getattr(aten, f"{name}_functional", None)):
+        for overload in packet.overloads() if packet is not None else ():
+            op = getattr(packet, overload)
+            if [a.name for a in op._schema.arguments] == wanted:
+                return op
+    raise NotImplementedError(f"{fill} has no functional form")
+
 
 def _of_rank(kind: str, column: Any, i: int) -> Any:
     if not kind.endswith("[]"):
@@ -334,3 +385,8 @@ NODES: dict[Any, Node] = {
     **{func: Node.of(func) for func in _FILLS_AND_FUNCTIONS},
     **{func: Node.of(func, outputs=(0, 1, 6, 7, 8)) for func in _ATTENTION},
 }
+
+
+def node_of(op: Any) -> Node:
+    """The Node of an op of this namespace in a graph."""
+    return next(node for node in (*NODES.values(), RANDPERM) if node.op is op)

@@ -1,0 +1,130 @@
+"""A torch.compile backend that keeps the graphs it is given, and runs them as they are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.fx as fx
+
+from .names import frame_names
+
+DYNAMO, JOINT, FORWARD, BACKWARD, POST_GRAD = STAGES = (
+    "dynamo",
+    "joint",
+    "forward",
+    "backward",
+    "post_grad",
+)
+
+
+@dataclass
+class Recorded:
+    """The graphs of one frame that Dynamo captured.
+
+    Attributes:
+        names: (kind, name) of Dynamo's inputs.
+        graphs: stage -> graph. Of `post_grad` there are two where there is a backward:
+            `post_grad forward` and `post_grad backward`.
+        forward_outputs: how many outputs of the joint graph are the forward's.
+        static_inputs: those of the joint graph whose memory stays, as parameters'.
+    """
+
+    names: list[tuple[str, str]]
+    graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
+    forward_outputs: int = 0
+    static_inputs: tuple[int, ...] = ()
+
+    def keep(self, stage: str, graph: fx.GraphModule) -> None:
+        self.graphs[stage] = _copy(graph)
+
+
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph alone: later passes change it, its tensors are the user's."""
+    copied = fx.GraphModule(module, fx.Graph())
+    nodes: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    output = graph.graph_copy(module.graph, nodes, return_output_node=True)
+    if output is not None:
+        value, old = output
+        graph.output(value).meta.update(old.meta)
+    copied.graph = graph
+    return copied
+
+
+class Recorder:
+    """Makes the backend for torch.compile and has what it recorded.
+
+    Args:
+        inductor: compile with Inductor and keep its post-grad graphs; else run AOTAutograd's.
+
+    Attributes:
+        frames: in the order in which Dynamo captured them.
+    """
+
+    def __init__(self, inductor: bool = False) -> None:
+        self.frames: list[Recorded] = []
+        self._inductor = inductor
+
+    def backend(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Given to torch.compile."""
+        recorded = Recorded(frame_names(module.graph))
+        recorded.keep(DYNAMO, module)
+        self.frames.append(recorded)
+        if self._inductor:
+            return self._compile_with_inductor(recorded, module, inputs)
+        return self._compile(recorded, module, inputs)
+
+    def _compile(self, recorded: Recorded, module: fx.GraphModule, inputs: Any) -> Any:
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._functorch.aot_autograd import make_boxed_func
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+        def partition(joint: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+            recorded.keep(JOINT, joint)
+            recorded.forward_outputs = options["num_fwd_outputs"]
+            recorded.static_inputs = tuple(options.get("static_lifetime_input_indices") or ())
+            return min_cut_rematerialization_partition(joint, joint_inputs, **options)
+
+        def run(graph: fx.GraphModule, _: Any) -> Any:
+            return make_boxed_func(graph.forward)
+
+        def inference(graph: fx.GraphModule, given: Any) -> Any:
+            recorded.keep(FORWARD, graph)
+            return run(graph, given)
+
+        return aot_autograd(
+            fw_compiler=run, bw_compiler=run, inference_compiler=inference, partition_fn=partition
+        )(module, inputs)
+
+    def _compile_with_inductor(
+        self, recorded: Recorded, module: fx.GraphModule, inputs: Any
+    ) -> Any:
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+        def inner(graph: fx.GraphModule, given: Any, **options: Any) -> Any:
+            stage = f"{POST_GRAD} {BACKWARD if options.get('is_backward') else FORWARD}"
+
+            def keep(lowered: fx.Graph) -> None:
+                recorded.keep(stage, lowered.owning_module)
+
+            # What comes from a cache would not be seen.
+            with config.patch(post_grad_custom_post_pass=keep, force_disable_caches=True):
+                return compile_fx_inner(graph, given, **options)
+
+        return compile_fx(module, inputs, inner_compile=inner)
+
+
+@contextlib.contextmanager
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled before is used, nothing compiled within is left behind."""
+    import torch
+
+    torch.compiler.reset()
+    try:
+        yield
+    finally:
+        torch.compiler.reset()

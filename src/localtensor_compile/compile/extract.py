@@ -1,0 +1,497 @@
+"""The program of one rank, out of the graph of all ranks.
+
+In the graph of all ranks every input is the shard of one rank, an op works on the shards of one
+rank, and only collectives and draws are nodes for all. A rank's program is what its outputs need,
+and every collective that the rank takes part in: a rank must join it even where its own result is
+not used. Collectives become torch's functional ones (`_c10d_functional`), on process groups named
+by their ranks; draws become the plain random ops.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from ..collectives.ops import NAMESPACE, chunks
+from ..dispatch import random_nodes
+from ..errors import LocalTensorError
+
+Owner = frozenset[int]
+SHARED: Owner = frozenset()
+
+_GROUP = "ranks:"
+_FUNCTIONAL = torch.ops._c10d_functional
+aten = torch.ops.aten
+
+
+class ExtractError(LocalTensorError, NotImplementedError):
+    """A graph of all ranks that cannot be taken apart into programs of single ranks."""
+
+
+def group_name(ranks: Sequence[int]) -> str:
+    """What extracted programs call the process group of these ranks: `ranks:0,1`."""
+    return _GROUP + ",".join(map(str, ranks))
+
+
+def group_ranks(name: str) -> tuple[int, ...]:
+    """The ranks of a `group_name`.
+
+    Raises:
+        ValueError: any other name.
+    """
+    if not name.startswith(_GROUP):
+        raise ValueError(f"{name!r} does not name a group by its ranks.")
+    return tuple(int(r) for r in name.removeprefix(_GROUP).split(","))
+
+
+def owners(
+    module: fx.GraphModule, inputs: Sequence[int | None], *, ranks: Sequence[int]
+) -> dict[fx.Node, Owner]:
+    """Whose value each node of a graph of all ranks is: one rank, or nobody's in particular.
+
+    Args:
+        module: the graph.
+        inputs: for each placeholder the rank whose shard it is; None for what all ranks have.
+        ranks: all ranks.
+
+    Returns:
+        node -> the ranks on whose shards it depends; empty for what all ranks have. A node for
+        several ranks is a collective, a draw, or an expression of sizes.
+    """
+    found: dict[fx.Node, Owner] = {}
+    known = iter(inputs)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            rank = next(known)
+            found[node] = SHARED if rank is None else frozenset({rank})
+        elif node.target is operator.getitem and _is_for_all(node.args[0]):
+            rank = _rank_of_result(node.args[0], node.args[1], found, ranks)
+            found[node] = frozenset({rank})
+        else:
+            found[node] = frozenset().union(*(found[n] for n in node.all_input_nodes))
+    return found
+
+
+def extract_rank(
+    module: fx.GraphModule,
+    rank: int,
+    *,
+    ranks: Sequence[int],
+    inputs: Sequence[int | None],
+    outputs: Sequence[int | None],
+) -> fx.GraphModule:
+    """The program that `rank` would run.
+
+    Args:
+        module: a graph of all ranks, as AOTAutograd makes it.
+        rank: whose program.
+        ranks: all ranks.
+        inputs: for each placeholder the rank whose shard it is; None for what all ranks have.
+        outputs: the same for each output, nested lists counted item by item.
+
+    Returns:
+        A graph with the rank's inputs (its own, and what it uses of those that all ranks have) and
+        its outputs, both in order. Nodes keep their `meta`.
+
+    Raises:
+        ExtractError: an op that no single rank can run, with the op and the user's line.
+    """
+    return _Extraction(module, rank, ranks, inputs, outputs).run()
+
+
+def _is_for_all(node: Any) -> bool:
+    """Whether a node takes the shards of all ranks: a collective, or a draw."""
+    namespace = getattr(getattr(node, "target", None), "namespace", "")
+    return namespace in (NAMESPACE, random_nodes.NAMESPACE)
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target._schema.name).partition("::")[2]
+
+
+def _is_draw(node: fx.Node) -> bool:
+    return getattr(node.target, "namespace", "") == random_nodes.NAMESPACE
+
+
+def _shard_ranks(node: fx.Node, found: Mapping[fx.Node, Owner], ranks: Sequence[int]) -> list[int]:
+    """The rank of each position of a collective: not all ranks need have a shard."""
+    shards: Any = node.args[0]
+    each = node.args[-1] if _name(node) in _LISTS else 1
+    if _name(node) == "reconcile":
+        return list(node.args[1])
+    count = len(shards) // each
+    if count == len(ranks):
+        return list(ranks)
+    known: list[int] = []
+    for i in range(count):
+        owner = found[shards[i * each]]
+        if len(owner) != 1:
+            raise ExtractError(_message(node, "the ranks of its operands are not known"))
+        known += owner
+    return known
+
+
+def _rank_of_result(
+    node: fx.Node, index: int, found: Mapping[fx.Node, Owner], ranks: Sequence[int]
+) -> int:
+    if _is_draw(node):
+        of = list(node.args[0])
+        return int(of[index // _results_per_rank(node)])
+    of = _shard_ranks(node, found, ranks)
+    if _name(node) not in _LISTS:
+        return of[index]
+    groups, size = node.args[-2], int(node.args[-1])
+    each = 1 if _name(node) == "reduce_scatter_list" else size
+    return of[groups[index // each]]
+
+
+def _results_per_rank(node: fx.Node) -> int:
+    value: Any = node.meta.get("val") or ()
+    return max(len(value) // len(node.args[0]), 1)
+
+
+def _message(node: fx.Node, why: str) -> str:
+    trace = str(node.meta.get("stack_trace") or "").strip().splitlines()
+    line = next((t.strip() for t in reversed(trace) if t.strip().startswith("File ")), "")
+    where = f" It comes from {line}." if line else ""
+    return f"{node.target} cannot be part of a single rank's program: {why}.{where}"
+
+
+class _Extraction:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        rank: int,
+        ranks: Sequence[int],
+        inputs: Sequence[int | None],
+        outputs: Sequence[int | None],
+    ) -> None:
+        self.module, self.rank, self.ranks = module, rank, list(ranks)
+        self.owners = owners(module, inputs, ranks=ranks)
+        self.outputs = [
+            value
+            for value, of in zip(_leaves(_output(module).args[0]), outputs)
+            if of in (rank, None)
+        ]
+        self.graph = fx.Graph()
+        self.copies: dict[fx.Node, Any] = {}
+        self.results: dict[fx.Node, list[Any]] = {}
+
+    def run(self) -> fx.GraphModule:
+        needed = self._needed()
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                if node in needed or self.rank in self.owners[node]:
+                    self.copies[node] = self.graph.node_copy(node)
+            elif node.op == "output":
+                self._finish(node)
+            elif node not in needed:
+                continue
+            elif _is_for_all(node):
+                self.results[node] = self._taken_apart(node)
+            elif node.target is operator.getitem and node.args[0] in self.results:
+                self.copies[node] = self._result(node)
+            else:
+                self._require_one_rank(node)
+                self.copies[node] = self.graph.node_copy(node, lambda n: self.copies[n])
+        self.graph.lint()
+        return fx.GraphModule(self.module, self.graph)
+
+    def _finish(self, node: fx.Node) -> None:
+        values = [self.copies.get(v) if isinstance(v, fx.Node) else v for v in self.outputs]
+        meta = {k: v for k, v in node.meta.items() if k != "desc"}
+        output = self.graph.output(tuple(values))
+        output.meta.update(meta)
+
+    # ---- what the rank needs
+    def _needed(self) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        left = [v for v in self.outputs if isinstance(v, fx.Node) and not _is_object(v)]
+        for node in self.module.graph.nodes:
+            if _is_for_all(node):
+                left += [node] if self._takes_part(node) else []
+            elif node.op == "call_function" and node.is_impure():
+                left += [node] if self.owners[node] in ({self.rank}, SHARED) else []
+        while left:
+            node = left.pop()
+            if node not in found:
+                found.add(node)
+                left += self._operands(node) if _is_for_all(node) else node.all_input_nodes
+        return found
+
+    def _takes_part(self, node: fx.Node) -> bool:
+        if _is_draw(node):
+            return self.rank in node.args[0]
+        of = _shard_ranks(node, self.owners, self.ranks)
+        if _name(node) == "reconcile":
+            return self.rank in of
+        return self.rank in {of[i] for i in node.args[-2]}
+
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        """What the rank gives to a collective or draw."""
+        if _is_draw(node):
+            values: Any = [call[1:] for call in _draws(node, self.rank)]
+        else:
+            position = _shard_ranks(node, self.owners, self.ranks).index(self.rank)
+            values = self._given(node, position)
+        return [v for v in _leaves(values) if isinstance(v, fx.Node)]
+
+    def _given(self, node: fx.Node, position: int) -> list[Any]:
+        """(what it sends, ...) of the rank at a position."""
+        shards: Any = node.args[0]
+        if _name(node) in ("reduce_scatter_list", "all_to_all_list"):
+            size = int(node.args[-1])
+            return list(shards[position * size : (position + 1) * size])
+        if _name(node) == "all_to_all_single":
+            size = int(node.args[-1])
+            part = slice(position * size, (position + 1) * size)
+            return [shards[position], list(node.args[1][part]), list(node.args[2][part])]
+        return [shards[position]]
+
+    def _require_one_rank(self, node: fx.Node) -> None:
+        others = self.owners[node] - {self.rank}
+        if others:
+            raise ExtractError(
+                _message(
+                    node, f"it combines values of rank {self.rank} with those of {min(others)}"
+                )
+            )
+
+    # ---- collectives and draws
+    def _result(self, node: fx.Node) -> Any:
+        """The rank's own item of a node for all ranks."""
+        source: fx.Node = node.args[0]
+        index = int(node.args[1])
+        if _rank_of_result(source, index, self.owners, self.ranks) != self.rank:
+            raise ExtractError(_message(source, "a rank reads what another rank received"))
+        results = self.results[source]
+        if _is_draw(source):
+            own = index % _results_per_rank(source)
+        elif _name(source) in _LISTS:
+            own = index % (1 if _name(source) == "reduce_scatter_list" else source.args[-1])
+        else:
+            own = 0
+        made = results[own]
+        made.meta.update({k: v for k, v in node.meta.items() if k != "val"})
+        made.meta["val"] = node.meta.get("val")
+        return made
+
+    def _taken_apart(self, node: fx.Node) -> list[Any]:
+        """The rank's results of a collective or draw."""
+        first = len(self.graph.nodes)
+        made = self._draw(node) if _is_draw(node) else self._collective(node)
+        for new in list(self.graph.nodes)[first:]:
+            for key, value in node.meta.items():
+                new.meta.setdefault(key, value)
+        return made
+
+    def _draw(self, node: fx.Node) -> list[Any]:
+        drawn: Any = None
+        for op, args, kwargs in _draws(node, self.rank):
+            given = _mapped(args, self.copies), _mapped(kwargs, self.copies)
+            first = [] if drawn is None else [drawn]
+            drawn = self._call(op, *first, *given[0], **given[1])
+        count = _results_per_rank(node)
+        values: Any = node.meta["val"]
+        start = list(node.args[0]).index(self.rank) * count
+        own = list(values[start : start + count])
+        memory = drawn.all_input_nodes[:1] if len(drawn.all_input_nodes) == 1 else []
+        for made in memory:
+            if made.target in (aten.empty.memory_format, aten.empty_strided.default):
+                made.meta["val"] = own[0]
+        returns = len(drawn.target._schema.returns)
+        if returns == 1:
+            return [self._with_value(drawn, own[0])]
+        node_of = random_nodes.node_of(node.target)
+        drawn.meta["val"] = tuple(own)
+        items = node_of.outputs or range(returns)
+        return [
+            self._with_value(self._call(operator.getitem, drawn, i), v) for i, v in zip(items, own)
+        ]
+
+    def _collective(self, node: fx.Node) -> list[Any]:
+        name = _name(node)
+        of = _shard_ranks(node, self.owners, self.ranks)
+        if name == "reconcile":
+            return [self._call(aten.clone.default, self.copies[node.args[0][of.index(self.rank)]])]
+        make = _COLLECTIVES.get(name)
+        if make is None:
+            raise ExtractError(_message(node, "torch has no functional collective for it"))
+        position = of.index(self.rank)
+        groups = chunks(node.args[-2], node.args[-1])
+        group = next(g for g in groups if position in g)
+        given = _mapped(self._given(node, position), self.copies)
+        values: Any = node.meta["val"]
+        mine = [
+            v
+            for i, v in enumerate(values)
+            if _rank_of_result(node, i, self.owners, self.ranks) == self.rank
+        ]
+        name = group_name([of[i] for i in group])
+        return make(self, node, given, name, len(group), mine)
+
+    # ---- making nodes
+    def _call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(op, args, kwargs)
+
+    def _with_value(self, node: fx.Node, value: Any) -> fx.Node:
+        node.meta["val"] = value
+        return node
+
+    def _waited(self, op: Any, value: Any, *args: Any) -> fx.Node:
+        started = self._with_value(self._call(op, *args), value)
+        return self._with_value(self._call(_FUNCTIONAL.wait_tensor.default, started), value)
+
+
+# ---------------------------------------------------------------- collectives
+_LISTS = ("reduce_scatter_list", "all_gather_list", "all_to_all_list")
+Make = Callable[[_Extraction, fx.Node, list[Any], str, int, list[Any]], list[Any]]
+
+
+def _all_reduce(
+    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
+) -> list[Any]:
+    return [x._waited(_FUNCTIONAL.all_reduce.default, mine[0], given[0], node.args[1], group)]
+
+
+def _reduce_scatter(
+    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
+) -> list[Any]:
+    op = _FUNCTIONAL.reduce_scatter_tensor.default
+    return [x._waited(op, mine[0], given[0], node.args[1], size, group)]
+
+
+def _all_gather(
+    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
+) -> list[Any]:
+    op = _FUNCTIONAL.all_gather_into_tensor.default
+    return [x._waited(op, mine[0], given[0], size, group)]
+
+
+def _broadcast(
+    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
+) -> list[Any]:
+    return [x._waited(_FUNCTIONAL.broadcast.default, mine[0], given[0], node.args[1], group)]
+
+
+def _all_to_all_single(
+    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
+) -> list[Any]:
+    tensor, sent, received = given
+    op = _FUNCTIONAL.all_to_all_single.default
+    return [x._waited(op, mine[0], tensor, received, sent, group)]
+
+
+def _shard_dim_alltoall(
+    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
+) -> list[Any]:
+    op = torch.ops._dtensor.shard_dim_alltoall.default
+    made = x._call(op, given[0], node.args[1], node.args[2], group)
+    return [x._with_value(made, mine[0])]
+
+
+def _all_gather_list(
+    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
+) -> list[Any]:
+    """One tensor with a new first dimension is gathered, and cut again."""
+    _require_equal_shapes(node, mine)
+    row = x._with_value(x._call(aten.unsqueeze.default, given[0], 0), mine[0].unsqueeze(0))
+    whole = torch.cat([mine[0].unsqueeze(0)] * size)
+    gathered = x._waited(_FUNCTIONAL.all_gather_into_tensor.default, whole, row, size, group)
+    return _rows(x, gathered, mine)
+
+
+def _all_to_all_list(
+    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
+) -> list[Any]:
+    values = [n.meta["val"] for n in given]
+    _require_equal_shapes(node, [*values, *mine])
+    stacked = x._with_value(x._call(aten.stack.default, given), torch.stack(values))
+    ones = [1] * size
+    op = _FUNCTIONAL.all_to_all_single.default
+    received = x._waited(op, torch.stack(mine), stacked, ones, ones, group)
+    return _rows(x, received, mine)
+
+
+def _reduce_scatter_list(
+    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
+) -> list[Any]:
+    values = [n.meta["val"] for n in given]
+    _require_equal_shapes(node, values)
+    stacked = x._with_value(x._call(aten.stack.default, given), torch.stack(values))
+    op = _FUNCTIONAL.reduce_scatter_tensor.default
+    row = x._waited(op, mine[0].unsqueeze(0), stacked, node.args[1], size, group)
+    return _rows(x, row, mine)
+
+
+def _rows(x: _Extraction, stacked: fx.Node, values: Sequence[Any]) -> list[Any]:
+    return [
+        x._with_value(x._call(aten.select.int, stacked, 0, i), value)
+        for i, value in enumerate(values)
+    ]
+
+
+def _require_equal_shapes(node: fx.Node, values: Sequence[Tensor]) -> None:
+    if any(v.shape != values[0].shape for v in values):
+        shapes = ", ".join(str(tuple(v.shape)) for v in values)
+        raise ExtractError(
+            _message(
+                node, f"torch has no functional collective for lists of other shapes ({shapes})"
+            )
+        )
+
+
+_COLLECTIVES: dict[str, Make] = {
+    "all_reduce": _all_reduce,
+    "reduce_scatter": _reduce_scatter,
+    "all_gather": _all_gather,
+    "broadcast": _broadcast,
+    "all_to_all_single": _all_to_all_single,
+    "shard_dim_alltoall": _shard_dim_alltoall,
+    "all_gather_list": _all_gather_list,
+    "all_to_all_list": _all_to_all_list,
+    "reduce_scatter_list": _reduce_scatter_list,
+}
+
+
+# ---------------------------------------------------------------- draws
+def _draws(node: fx.Node, rank: int) -> list[tuple[Any, list[Any], dict[str, Any]]]:
+    """The plain ops that draw for one rank, as `Node.plain_calls`."""
+    ranks, _, _, *rest = node.args
+    found = random_nodes.node_of(node.target)
+    index = list(ranks).index(rank)
+    try:
+        return found.plain_calls(index, len(ranks), rest)
+    except NotImplementedError as error:
+        raise ExtractError(_message(node, str(error))) from error
+
+
+# ---------------------------------------------------------------- graphs
+def _mapped(value: Any, copies: Mapping[fx.Node, Any]) -> Any:
+    return fx.map_arg(value, lambda n: copies[n])
+
+
+def _is_object(node: fx.Node) -> bool:
+    """An input that is no tensor or number: the mesh of a DTensor, which AOTAutograd hands back."""
+    value = node.meta.get("val")
+    known = (Tensor, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, list, tuple)
+    return node.op == "placeholder" and value is not None and not isinstance(value, known)
+
+
+def _output(module: fx.GraphModule) -> fx.Node:
+    return next(iter(reversed(module.graph.nodes)))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, dict):
+        yield from _leaves(list(value.values()))
+    else:
+        yield value

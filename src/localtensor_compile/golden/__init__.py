@@ -1,0 +1,1 @@
+"""Graphs of all ranks as text that people keep: folded, canonical, and compared by meaning."""
