@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+# Also where the package is on the path without being installed.
+pytest_plugins = ["localtensor_compile.pytest_plugin", "pytester"]
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

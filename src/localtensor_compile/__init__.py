@@ -4,6 +4,10 @@ from typing import Any
 
 from . import _c10d as _c10d
 from . import dispatch as dispatch
+from .capture.graphs import CapturedGraphs as CapturedGraphs
+from .capture.graphs import CaptureError as CaptureError
+from .capture.graphs import Collective as Collective
+from .capture.run import capture as capture
 from .check.independence import check_sharding_independence as check_sharding_independence
 from .check.matrix import MatrixReport as MatrixReport
 from .check.matrix import matrix as matrix
@@ -17,6 +21,7 @@ from .collectives import c10d as c10d
 from .collectives import functional as functional
 from .compile import dynamo_support as dynamo_support
 from .compile import lowering as lowering
+from .compile.extract import ExtractError as ExtractError
 from .errors import CollectiveError as CollectiveError
 from .errors import LocalTensorError as LocalTensorError
 from .errors import PlainTensorError as PlainTensorError
@@ -24,6 +29,11 @@ from .errors import RankDivergence as RankDivergence
 from .errors import ShardError as ShardError
 from .errors import UnsupportedError as UnsupportedError
 from .errors import WorldError as WorldError
+from .golden.files import GoldenMismatch as GoldenMismatch
+from .golden.files import assert_expected_inline as assert_expected_inline
+from .golden.files import assert_golden as assert_golden
+from .golden.testcase import GoldenTestCase as GoldenTestCase
+from .golden.text import GoldenError as GoldenError
 from .values.int_node import LocalIntNode as LocalIntNode
 from .values.tensor import LocalTensor as LocalTensor
 from .world.drop_in import _LOCAL_TENSOR_ATTR_PREFIX as _LOCAL_TENSOR_ATTR_PREFIX

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.fx as fx
 from torch._dynamo.backends.common import aot_autograd
@@ -37,13 +38,14 @@ def lines_on_this_rank(program: Any, **bound: Any) -> dict[str, list[str]]:
             partition_fn=min_cut_rematerialization_partition,
         )(module, inputs)
 
+    torch.compiler.reset()
     program(World(dist.get_world_size(), backend=backend), **bound)
     rank = dist.get_rank()
     found = {}
     for number, frame in enumerate(frames):
         saved = None
         for title, graph in frame["graphs"].items():
-            _name(graph.graph, frame["names"])
+            _name(graph.graph, frame["names"], title)
             steps = listing(graph.graph, lambda n: tuple(dist.get_process_group_ranks(_group(n))))
             folded = fold({rank: steps}, GroupNames(dist.get_world_size()), saved)
             saved = folded.names
@@ -56,14 +58,13 @@ def _group(name: str) -> Any:
     return _resolve_process_group(name)
 
 
-def _name(graph: fx.Graph, names: Any) -> None:
+def _name(graph: fx.Graph, names: Any, title: str) -> None:
     for node in graph.nodes:
         node.meta["flat_name"] = node.name
         if node.op == "placeholder":
             known = input_of(node, names)
-            node.meta["user_name"], node.meta["input_kind"] = known.label, known.kind
-            if "tangents" not in str(node.target) and known.kind != "saved":
-                node.meta["input_kind"] = known.kind
+            kind = known.kind if title == "forward" or known.kind == "tangent" else "saved"
+            node.meta["user_name"], node.meta["input_kind"] = known.label, kind
         elif node.op == "output":
             descs = node.meta.get("desc") or ()
             node.meta["user_names"] = [

@@ -95,6 +95,17 @@ class CapturedGraphs:
             for title, programs in self._programs.items()
         }
 
+    def steps(self, title: str) -> Mapping[int, Sequence[Step]]:
+        """Rank -> the steps of its program in the graph of that title.
+
+        Raises:
+            CaptureError: no such graph.
+        """
+        if title not in self._steps:
+            known = ", ".join(self._steps)
+            raise CaptureError(f"there is no graph {title!r}; captured were {known}.")
+        return self._steps[title]
+
     @property
     def titles(self) -> tuple[str, ...]:
         """`joint`, `forward`, `backward`; with numbers where Dynamo captured several frames."""

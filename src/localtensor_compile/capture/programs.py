@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..compile.extract import Owner, extract_rank, owners
 from .names import SAVED, Known, input_of, output_of
-from .record import BACKWARD, FORWARD, JOINT, Recorded
+from .record import BACKWARD, FORWARD, JOINT, Recorded, copied
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,8 @@ def _cut(
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    copied = fx.GraphModule(joint, fx.Graph())
-    output = copied.graph.graph_copy(joint.graph, {})
-    copied.graph.output(output).meta.update(_output(joint).meta)
     return min_cut_rematerialization_partition(
-        copied,
+        copied(joint),
         None,
         num_fwd_outputs=forward_outputs,
         static_lifetime_input_indices=static_inputs,

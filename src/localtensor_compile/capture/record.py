@@ -38,20 +38,15 @@ class Recorded:
     static_inputs: tuple[int, ...] = ()
 
     def keep(self, stage: str, graph: fx.GraphModule) -> None:
-        self.graphs[stage] = _copy(graph)
+        self.graphs[stage] = copied(graph)
 
 
-def _copy(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph alone: later passes change it, its tensors are the user's."""
-    copied = fx.GraphModule(module, fx.Graph())
-    nodes: dict[fx.Node, fx.Node] = {}
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph alone, which passes may change: its tensors are the user's."""
     graph = fx.Graph()
-    output = graph.graph_copy(module.graph, nodes, return_output_node=True)
-    if output is not None:
-        value, old = output
-        graph.output(value).meta.update(old.meta)
-    copied.graph = graph
-    return copied
+    output = graph.graph_copy(module.graph, {})
+    graph.output(output).meta.update(next(iter(reversed(module.graph.nodes))).meta)
+    return fx.GraphModule(module, graph)
 
 
 class Recorder:

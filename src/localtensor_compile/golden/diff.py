@@ -198,6 +198,8 @@ class _Comparison:
         before, after = self.old.lines[i], self.new.lines[j]
         if self._resolved(before, same) == _operands(after, self.new_names):
             return None
+        if before.arguments == after.arguments:
+            return None  # they have another value of the same name: its own line says why
         ranks = self._ranks_that_differ(before, after, same)
         text = f"{self._head(ranks)}: {_shown(before)} became {_shown(after)}{_where(after)}"
         return Change(self.title, "changed", after.op, ranks, text)

@@ -110,6 +110,9 @@ def fold(
     of_step = {(rank, index): name for column, name in named for rank, index in column.items()}
     lines = [_line(column, name, programs, of_step, groups) for column, name in named]
     of_node = {(rank, programs[rank][i].name): name for (rank, i), name in of_step.items()}
+    for (rank, i), name in of_step.items():
+        for part, item in programs[rank][i].parts:
+            of_node[rank, part] = name if item is None else f"{name}.{item}"
     return Folded(tuple(sorted(programs)), tuple(lines), of_node)
 
 

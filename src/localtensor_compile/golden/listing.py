@@ -7,15 +7,17 @@ on top of each other.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import Tensor
 
+from .._torch import FakeTensor
 from ..check.text import dtype_text
 from .source import Source, source_of
 
@@ -67,6 +69,7 @@ class Step:
         label: an input's name in the user's code; an output's, as `gradient x`.
         source: the user's line that it comes from.
         sent: bytes that a collective takes from this rank.
+        parts: names that items of its result have in the traced graph; None for all of it.
     """
 
     kind: str
@@ -78,6 +81,7 @@ class Step:
     label: str = ""
     source: Source | None = None
     sent: int | None = None
+    parts: tuple[tuple[str, int | None], ...] = ()
 
 
 Groups = Callable[[str], tuple[int, ...]]
@@ -99,11 +103,21 @@ class _Listing:
         self.steps: list[Step] = []
         self.refs: dict[fx.Node, Any] = {}
         self.symbols: dict[str, str] = {}
+        self.parts: dict[int, list[tuple[str, int | None]]] = {}
 
     def run(self, graph: fx.Graph) -> list[Step]:
         for node in graph.nodes:
             self._add(node)
-        return self.steps
+        return [
+            replace(step, parts=tuple(self.parts.get(i, ()))) for i, step in enumerate(self.steps)
+        ]
+
+    def _is_part(self, node: fx.Node, ref: Any) -> None:
+        """`node` is an item of an earlier step, or its result after a wait."""
+        self.refs[node] = ref
+        if isinstance(ref, Ref):
+            name = node.meta.get("flat_name", node.name)
+            self.parts.setdefault(ref.step, []).append((name, ref.item))
 
     def _add(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -114,16 +128,16 @@ class _Listing:
         elif node.op == "output":
             self._add_outputs(list(_leaves(node.args[0])), node.meta.get("user_names"))
         elif node.op == "get_attr":
-            self._append(node, INPUT, "constant")
+            self._append_constant(node)
         elif node.target is operator.getitem and isinstance(node.args[0], fx.Node):
             base = self.refs[node.args[0]]
             if isinstance(base, Ref) and base.item is None:
-                self.refs[node] = Ref(base.step, int(node.args[1]))
+                self._is_part(node, Ref(base.step, int(node.args[1])))
             else:
                 self._append(node, OP, "getitem")
         elif _schema_name(node.target) == WAIT:
             # A collective and the wait for it are one line.
-            self.refs[node] = self._value(node.args[0])
+            self._is_part(node, self._value(node.args[0]))
         elif _is_collective(node.target):
             self._append(node, COLLECTIVE, _op_name(node.target))
         else:
@@ -155,6 +169,20 @@ class _Listing:
                 sent=_bytes(node.args[0]) if kind is COLLECTIVE else None,
             )
         )
+
+    def _append_constant(self, node: fx.Node) -> None:
+        """A tensor or subgraph that belongs to the graph, with the tensor's values."""
+        held: Any = node.graph.owning_module
+        for part in str(node.target).split("."):
+            held = getattr(held, part, None)
+        name = node.meta.get("flat_name", node.name)
+        self.refs[node] = Ref(len(self.steps))
+        if isinstance(held, fx.GraphModule):
+            self.steps.append(Step(OP, "subgraph", (), (), None, name))
+            return
+        value = node.meta.get("val", held)
+        shown = (Word(_values(held)),) if isinstance(held, Tensor) else ()
+        self.steps.append(Step(OP, "constant", shown, (), self._type(value), name))
 
     def _arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
         given = [self._value(a) for a in node.args]
@@ -221,6 +249,16 @@ class Word:
 
 def _flat_type(kind: Type) -> TensorType | str | None:
     return "list" if isinstance(kind, tuple) else kind
+
+
+def _values(tensor: Tensor) -> str:
+    """Few values as they are, many by a hash."""
+    if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+        return "..."
+    if tensor.numel() <= 8:
+        return str(tensor.tolist())
+    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return f"sha256 {hashlib.sha256(data).hexdigest()[:16]}"
 
 
 def _is_value(node: fx.Node) -> bool:

@@ -44,17 +44,37 @@ def parse_ranks(text: str) -> tuple[int, ...]:
 def varying_text(values: Mapping[int, str]) -> str:
     """One text where all ranks have the same, else `{ranks: text, ...}`.
 
-    Numbers that grow by one amount from rank to rank, as offsets do, are a formula: `{4*rank}`.
+    Numbers that grow by one amount from rank to rank, as offsets do, are a formula: `{4*rank}`,
+    `split[{rank}]`.
     """
     ranks: dict[str, list[int]] = {}
     for rank, text in values.items():
         ranks.setdefault(text, []).append(rank)
     if len(ranks) == 1:
         return next(iter(ranks))
-    formula = _formula(values) if len(ranks) == len(values) else None
-    if formula is not None:
-        return f"{{{formula}}}"
+    if len(ranks) == len(values):
+        parts = {rank: _NUMBER.split(text) for rank, text in values.items()}
+        formula = _with_formula(parts)
+        if formula is not None:
+            return formula
     return "{" + ", ".join(f"{rank_set(r)}: {text}" for text, r in ranks.items()) + "}"
+
+
+_NUMBER = re.compile(r"((?<![\w.])\d+(?![\w.]))")
+
+
+def _with_formula(parts: Mapping[int, list[str]]) -> str | None:
+    """The texts as one where they differ in one number, and that has a formula."""
+    first = next(iter(parts.values()))
+    if any(len(p) != len(first) for p in parts.values()):
+        return None
+    differ = [i for i in range(len(first)) if len({p[i] for p in parts.values()}) > 1]
+    if len(differ) != 1:
+        return None
+    formula = _formula({rank: p[differ[0]] for rank, p in parts.items()})
+    if formula is None:
+        return None
+    return "".join([*first[: differ[0]], f"{{{formula}}}", *first[differ[0] + 1 :]])
 
 
 def _formula(values: Mapping[int, str]) -> str | None:
