@@ -265,6 +265,16 @@ def graph_split_at_buckets() -> None:
         same(out, rank, expected._local_tensors[rank])
 
 
+@needs("torch._functorch._aot_autograd.collect_metadata_analysis.transform_subclass")
+def empty_shard_of_a_view_as_output() -> None:
+    """A view of nothing has other strides than what it is a view of."""
+    x = local(lambda r: torch.arange(24.0).view(2, 3, 4), requires_grad=True)
+    out = compiled(lambda x, n: (x * 2).narrow(1, 0, n))(x, numbers(2, 0))
+    out.sum().backward()
+    for rank, rows in zip(RANKS, (2, 0)):
+        same(out, rank, (torch.arange(24.0) * 2).view(2, 3, 4)[:, :rows])
+
+
 @needs("torch._functorch.aot_autograd.run_functionalized_fw_and_collect_metadata")
 def gradient_of_a_mutated_input() -> None:
     def step(x: Tensor) -> Tensor:

@@ -238,7 +238,10 @@ def nothing(world):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: lt.capture(programs.mlp, 2, stage="backwards"), "stage='backwards': the stages of"),
+        (
+            lambda: lt.capture(programs.mlp, 2, stage="backwards"),
+            "stage='backwards': the stages of",
+        ),
         (lambda: lt.capture(nothing, 2), r"nothing compiled nothing: there is no graph to capture"),
         (lambda: lt.capture(programs.grid, 2).rank(2), "no rank 2 in a world of 2 ranks"),
     ],

@@ -356,3 +356,29 @@ def test_bytes_of_an_uneven_parameter(inside):
     for rank, shard in out.detach()._local_tensors.items():
         expected = tensors(2, 5, 3)._local_tensors[rank] @ x._local_tensors[rank].t()
         assert torch.equal(shard, expected)
+
+
+VIEWS = {
+    "view": lambda x: x.view(x.shape),
+    "view_as": lambda x: x.view_as(x),
+    "t": lambda x: x.t(),
+    "columns": lambda x: x[:, 2:5],
+    "rows": lambda x: x[1:],
+}
+
+
+@pytest.mark.parametrize("rows", [(3, 2), (2, 0), (2, 1), (3, 1, 0)])
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    # torch raises for dynamic rows of any subclass.
+    [(n, d) for n in VIEWS for d in (None, True) if (n, d) != ("rows", True)],
+)
+def test_view_of_uneven_shards_as_input(rows, name, dynamic):
+    view = VIEWS[name](LocalTensor({r: torch.randn(n, 8) for r, n in enumerate(rows)}))
+    torch._dynamo.reset()
+    step = torch.compile(
+        lambda x: x.sin().sum(1), backend="aot_eager", fullgraph=True, dynamic=dynamic
+    )
+    out = step(view)
+    for r, shard in view._local_tensors.items():
+        assert torch.equal(out._local_tensors[r], shard.sin().sum(1))

@@ -104,6 +104,7 @@ def _count_mutated_shards(outer: Any, inner: Any) -> None:
 
 def replacements() -> list[tuple[Any, str, Any]]:
     """(owner, attribute, replacement) in torch's AOTAutograd."""
+    import torch._functorch._aot_autograd.collect_metadata_analysis as metadata
     import torch._functorch._aot_autograd.graph_capture as graph_capture
     import torch._functorch._aot_autograd.runtime_wrappers as runtime_wrappers
     import torch._functorch._aot_autograd.subclass_utils as subclass_utils
@@ -135,6 +136,17 @@ def replacements() -> list[tuple[Any, str, Any]]:
                 return inner(*flat_args)
 
         return run
+
+    transform = metadata.transform_subclass
+
+    @functools.wraps(transform)
+    def transform_subclass(t: Any, callback: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(t) is not LocalTensor:
+            return transform(t, callback, *args, **kwargs)
+        # torch compares strides then; those of an empty shard may change when it is viewed.
+        attributes, context = t.__tensor_flatten__()
+        inner = {name: callback(name, getattr(t, name)) for name in attributes}
+        return LocalTensor.__tensor_unflatten__(inner, context, t.size(), t.stride())
 
     dispatch = graph_capture.aot_dispatch_subclass
 
@@ -180,6 +192,7 @@ def replacements() -> list[tuple[Any, str, Any]]:
         *found,
         (first_call, "post_compile", returning_subclasses(first_call.post_compile)),
         (runtime_wrappers, "gen_alias_from_base", gen_alias_from_base),
+        (metadata, "transform_subclass", transform_subclass),
         (aot_autograd, "run_functionalized_fw_and_collect_metadata", collect_metadata),
         (graph_capture, "aot_dispatch_subclass", aot_dispatch_subclass),
         (autograd, "process_runtime_tangent", staticmethod(process_runtime_tangent)),

@@ -8,6 +8,7 @@ that strides are those of the real one. Of a dimension of size 1 they may not be
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import SymInt
@@ -26,9 +27,18 @@ def replacements() -> list[tuple[Any, str, Any]]:
     original = replay.apply
 
     @functools.wraps(original)
-    def apply(self: Any, description: Any, *args: Any, **kwargs: Any) -> Any:
-        fake = original(self, description, *args, **kwargs)
-        if not isinstance(fake, LocalTensor) or 1 not in description.shape:
+    def apply(
+        self: Any,
+        description: Any,
+        base: Any,
+        symint_visitor_fn: Any = None,
+        tensor_visitor_fn: Any = None,
+    ) -> Any:
+        if isinstance(base, LocalTensor) and symint_visitor_fn is not None:
+            symint_visitor_fn = _but_ranked(symint_visitor_fn)
+        fake = original(self, description, base, symint_visitor_fn, tensor_visitor_fn)
+        sizes = [n for n in description.shape if not is_ranked(n)]
+        if not isinstance(fake, LocalTensor) or 1 not in sizes:
             return fake
         strides = _as_kernels_do(fake.shape, fake.stride(), description.stride)
         if strides is None:
@@ -36,6 +46,11 @@ def replacements() -> list[tuple[Any, str, Any]]:
         return fake.as_strided(fake.shape, strides, fake.storage_offset())
 
     return [(replay, "apply", apply)]
+
+
+def _but_ranked(visit: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`visit` makes symbols of the sizes that a view was made with; not one for all ranks."""
+    return lambda size: size if is_ranked(size) else visit(size)
 
 
 def _as_kernels_do(sizes: Any, strides: Any, real: Any) -> list[Any] | None:

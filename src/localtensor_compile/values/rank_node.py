@@ -40,6 +40,9 @@ def value_on_rank(value: Any, rank: int) -> Any:
             ) from None
     if isinstance(node, (int, float, bool)):
         return node
+    if is_ranked(getattr(node, "_hint", None)):
+        # torch makes symbols for the sizes of a view that it replays, one for all ranks.
+        return value_on_rank(node._hint, rank)
     if node.is_constant():
         return node.maybe_as_int() if node.is_int() else as_sym(node)
     return as_sym(node)
