@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import localtensor_compile as lt
+from localtensor_compile import cli
 from localtensor_compile.golden.fold import GroupNames, fold
 from localtensor_compile.golden.text import line_text, read, write
 from tests import graph_programs as programs
@@ -153,6 +154,7 @@ forward
 SCRIPT = """
 import sys
 import localtensor_compile as lt
+from localtensor_compile import cli
 from tests import graph_programs as programs
 print(lt.capture(programs.mlp, 3))
 print(lt.capture(programs.grid, 4))
@@ -249,3 +251,53 @@ def nothing(world):
 def test_errors(call, message):
     with pytest.raises(lt.CaptureError, match=message):
         call()
+
+
+# ---------------------------------------------------------------- command line
+def command(capsys, *arguments):
+    code = cli.main(["graph", *arguments])
+    return code, capsys.readouterr()
+
+
+FILE = programs.__file__
+
+
+def test_command_prints(capsys):
+    code, out = command(capsys, f"{FILE}:uneven", "--nproc-per-node", "4")
+    assert code == 0 and out.out == str(lt.capture(programs.uneven, 4))
+    _, of_rank = command(capsys, f"{FILE}:uneven", "--nproc-per-node", "4", "--rank", "3")
+    assert "constant_pad_nd: f32[3, 2] = aten.constant_pad_nd(sin, [0, 0, 0, 1], 0.0)\n" in (
+        of_rank.out
+    )
+    _, of_rank = command(capsys, f"{FILE}:uneven", "--nproc-per-node", "4", "--rank", "0")
+    assert "constant_pad_nd" not in of_rank.out and "x: f32[3, 2] = input" in of_rank.out
+
+
+def test_command_tables_collectives(capsys):
+    _, out = command(capsys, f"{FILE}:grid", "--nproc-per-node", "8", "--collectives")
+    lines = [line.split()[:5] for line in out.out.splitlines()]
+    assert ["forward", "all_reduce", "tp", "0-7", "8"] in lines
+    assert ["forward", "all_reduce", "dp", "0-7", "8"] in lines
+
+
+def test_command_compares(capsys, tmp_path):
+    golden = tmp_path / "mlp.txt"
+    golden.write_text(str(lt.capture(programs.mlp, 2)).replace("aten.gelu(", "aten.relu("))
+    code, out = command(capsys, f"{FILE}:mlp", "--diff", str(golden))
+    assert code == 1 and "forward, ranks 0-1: aten.gelu(mm) was added" in out.out
+    code, out = command(capsys, f"{FILE}:mlp", "--diff", f"{FILE}:mlp")
+    assert code == 0 and out.out == "no difference\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([f"{FILE}:mlp", "--rank", "2"], "there is no rank 2 in a world of 2 ranks"),
+        ([f"{FILE}:mlp", "--diff", "nothing.txt"], "no such file: nothing.txt. Name a golden"),
+        ([f"{FILE}:mlp", "--stage", "all"], "the stages of a graph are"),
+        ([f"{FILE}:nowhere"], "there is none"),
+    ],
+)
+def test_command_errors(capsys, arguments, message):
+    code, out = command(capsys, *arguments)
+    assert code == 2 and message in out.err

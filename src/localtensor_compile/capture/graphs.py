@@ -148,6 +148,17 @@ class CapturedGraphs:
             )
         return found
 
+    @property
+    def lowered(self) -> dict[str, fx.GraphModule]:
+        """Title -> what Inductor compiles; empty without stage="post_grad"."""
+        found = {}
+        for number, frame in enumerate(self._frames):
+            suffix = f" {number}" if len(self._frames) > 1 else ""
+            for title, module in frame.graphs.items():
+                if title.startswith(POST_GRAD):
+                    found[f"{title}{suffix}"] = module
+        return found
+
     # ---- lines
     @functools.cached_property
     def document(self) -> Document:

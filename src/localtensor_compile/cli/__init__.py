@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import check, matrix, scoreboard
+from . import check, graph, matrix, scoreboard
 
 # Each has add_parser(subparsers), which sets the default `run`: (arguments) -> exit code.
-COMMANDS = (check, matrix, scoreboard)
+COMMANDS = (check, graph, matrix, scoreboard)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
