@@ -32,14 +32,19 @@ class GroupNames:
         self._names.setdefault(frozenset({tuple(range(size))}), "world")
         self.used: dict[str, Family] = {}
 
-    def name(self, groups: Mapping[int, tuple[int, ...]]) -> str:
-        """The name of the groups that one collective has on its ranks."""
-        family = frozenset(groups.values())
+    def text(self, groups: Mapping[int, tuple[int, ...]]) -> str:
+        """The name of the groups that one collective has, per rank where ranks do not agree."""
+        members = [r for group in set(groups.values()) for r in group]
+        if len(members) == len(set(members)):
+            return self._name(frozenset(groups.values()))
+        return varying_text({rank: self._name(frozenset({g})) for rank, g in groups.items()})
+
+    def _name(self, family: Family) -> str:
         if family not in self._names:
-            partly = [n for f, n in self._names.items() if family < f]
+            whole = [n for f, n in self._names.items() if family < f]
             taken = set(self._names.values())
             free = next(n for i in range(len(taken) + 1) if (n := f"group{i}") not in taken)
-            self._names[family] = partly[0] if partly else free
+            self._names[family] = whole[0] if whole else free
         name = self._names[family]
         self.used[name] = self.used.get(name, frozenset()) | family
         return name
@@ -222,7 +227,7 @@ def _each(values: Mapping[int, Any], texts: Callable[[Mapping[int, Any]], str]) 
 
 def _text(values: Mapping[int, Any], name: Callable[[int, Ref], str], groups: GroupNames) -> str:
     if all(isinstance(v, GroupRef) for v in values.values()):
-        return groups.name({r: v.ranks for r, v in values.items()})
+        return groups.text({r: v.ranks for r, v in values.items()})
     if all(isinstance(v, tuple) for v in values.values()):
         lengths = {len(v) for v in values.values()}
         if len(lengths) == 1:
