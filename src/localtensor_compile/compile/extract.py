@@ -29,6 +29,9 @@ _FUNCTIONAL = torch.ops._c10d_functional
 aten = torch.ops.aten
 
 
+_SIZES = {aten.sym_size.int: Tensor.size, aten.sym_stride.int: Tensor.stride}
+
+
 class ExtractError(LocalTensorError, NotImplementedError):
     """A graph of all ranks that cannot be taken apart into programs of single ranks."""
 
@@ -73,7 +76,10 @@ def owners(
             rank = _rank_of_result(node.args[0], node.args[1], found, ranks)
             found[node] = frozenset({rank})
         else:
-            found[node] = frozenset().union(*(found[n] for n in node.all_input_nodes))
+            inputs_of = node.all_input_nodes
+            # Ranks share symbols: the size of one rank's tensor may be written for another's.
+            others = [n for n in inputs_of if _expression(n.meta.get("val")) is None]
+            found[node] = frozenset().union(*(found[n] for n in others or inputs_of))
     return found
 
 
@@ -181,6 +187,7 @@ class _Extraction:
         self.graph = fx.Graph()
         self.copies: dict[fx.Node, Any] = {}
         self.results: dict[fx.Node, list[Any]] = {}
+        self.sizes: dict[fx.Node, tuple[fx.Node, int]] = {}
 
     def run(self) -> fx.GraphModule:
         needed = self._needed()
@@ -192,6 +199,11 @@ class _Extraction:
                 self._finish(node)
             elif node not in needed:
                 continue
+            elif node in self.sizes:
+                tensor, dim = self.sizes[node]
+                size = self._call(node.target, self.copies[tensor], dim)
+                size.meta.update(node.meta)
+                self.copies[node] = size
             elif _is_for_all(node):
                 self.results[node] = self._taken_apart(node)
             elif node.target is operator.getitem and node.args[0] in self.results:
@@ -219,10 +231,34 @@ class _Extraction:
                 left += [node] if self.owners[node] in ({self.rank}, SHARED) else []
         while left:
             node = left.pop()
-            if node not in found:
-                found.add(node)
+            if node in found:
+                continue
+            found.add(node)
+            if self._is_size_of_another(node):
+                self.sizes[node] = self._same_size(node)
+                left.append(self.sizes[node][0])
+            else:
                 left += self._operands(node) if _is_for_all(node) else node.all_input_nodes
         return found
+
+    def _is_size_of_another(self, node: fx.Node) -> bool:
+        """Whether a node is a size of another rank's tensor, which equals one of this rank's."""
+        owner = self.owners[node]
+        return node.target in _SIZES and bool(owner) and self.rank not in owner
+
+    def _same_size(self, node: fx.Node) -> tuple[fx.Node, int]:
+        """(tensor, dimension) of this rank with the same symbolic size or stride."""
+        wanted = _expression(node.meta.get("val"))
+        read = _SIZES[node.target]
+        for other in self.module.graph.nodes:
+            if other is node:
+                break
+            value = other.meta.get("val")
+            if isinstance(value, Tensor) and self.owners[other] == {self.rank}:
+                for dim, size in enumerate(read(value)):
+                    if wanted is not None and _expression(size) == wanted:
+                        return other, dim
+        raise ExtractError(_message(node, "it is a size that only another rank has"))
 
     def _takes_part(self, node: fx.Node) -> bool:
         if _is_draw(node):
@@ -255,7 +291,7 @@ class _Extraction:
 
     def _require_one_rank(self, node: fx.Node) -> None:
         others = self.owners[node] - {self.rank}
-        if others:
+        if others and _expression(node.meta.get("val")) is None:
             raise ExtractError(
                 _message(
                     node, f"it combines values of rank {self.rank} with those of {min(others)}"
@@ -481,6 +517,12 @@ def _is_object(node: fx.Node) -> bool:
     value = node.meta.get("val")
     known = (Tensor, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, list, tuple)
     return node.op == "placeholder" and value is not None and not isinstance(value, known)
+
+
+def _expression(value: Any) -> Any:
+    """Of a symbolic number, else None."""
+    symbolic = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+    return value.node.expr if symbolic else None
 
 
 def _output(module: fx.GraphModule) -> fx.Node:

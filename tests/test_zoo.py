@@ -1,0 +1,37 @@
+"""Golden graphs of small programs of every parallelism, in graphs/zoo."""
+
+import functools
+
+import pytest
+
+import localtensor_compile as lt
+from tests.parallel import (
+    context_parallel,
+    data_parallel,
+    expert_parallel,
+    fsdp,
+    tensor_parallel,
+)
+
+# name: (program, ranks, arguments)
+ZOO = {
+    "tp_mlp": (tensor_parallel.mlp, 4, {"hidden": 8}),
+    "tp_mlp_uneven": (tensor_parallel.mlp, 3, {"hidden": 7}),
+    "sequence_parallel_uneven": (tensor_parallel.mlp_sequence_parallel, 2, {}),
+    "tp_transformer": (tensor_parallel.transformer, 2, {}),
+    "loss_parallel": (tensor_parallel.cross_entropy, 3, {}),
+    "vocab_parallel_embedding": (tensor_parallel.embedding, 2, {}),
+    "embedding_with_empty_shards": (tensor_parallel.embedding, 4, {"output": "sequence"}),
+    "simple_fsdp": (data_parallel.simple_fsdp, 3, {}),
+    "fsdp_over_tp": (fsdp.tensor_parallel_blocks, 4, {}),
+    "dp_and_tp": (tensor_parallel.data_and_tensor, 4, {"dp": 2}),
+    "moe_all_to_all": (expert_parallel.mixture_of_experts, 2, {"local_experts": 1}),
+    "ring_attention": (context_parallel.attention, 2, {"form": "ring", "causal": True}),
+    "gathered_attention": (context_parallel.attention, 3, {"form": "all-gather", "causal": False}),
+}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_golden(name, golden):
+    program, world_size, arguments = ZOO[name]
+    golden(lt.capture(functools.partial(program, **arguments), world_size), name)
