@@ -23,7 +23,7 @@ def test_sum(world, mesh, ranks):
 def test_default_size(world_size, world):
     assert dist.get_world_size() == world_size == 2
 
-@pytest.mark.parametrize("scale", [2.0, 3.0])
+@pytest.mark.parametrize(("scale", "world_size"), [(2.0, 1), (3.0, 2)])
 def test_parameters(world, scale):
     return {"x": torch.ones(1) * scale}
 """

@@ -62,8 +62,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _is_parametrized(metafunc: pytest.Metafunc, name: str) -> bool:
-    markers = metafunc.definition.iter_markers("parametrize")
-    return any(name in str(m.args[0]).replace(",", " ").split() for m in markers)
+    for marker in metafunc.definition.iter_markers("parametrize"):
+        names = marker.args[0] if marker.args else marker.kwargs.get("argnames", ())
+        if name in (names.replace(",", " ").split() if isinstance(names, str) else names):
+            return True
+    return False
 
 
 def _sizes(sizes: tuple[Any, ...], nodeid: str) -> tuple[int, ...]:
