@@ -21,7 +21,7 @@ from .collectives import c10d as c10d
 from .collectives import functional as functional
 from .compile import dynamo_support as dynamo_support
 from .compile import lowering as lowering
-from .compile.extract import ExtractError as ExtractError
+from .compile.functional_nodes import ExtractError as ExtractError
 from .errors import CollectiveError as CollectiveError
 from .errors import LocalTensorError as LocalTensorError
 from .errors import PlainTensorError as PlainTensorError

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch.fx as fx
 from torch import Tensor
 
 from ..compile.extract import Owner, extract_rank, owners
+from ..compile.fx_graphs import leaves, output_node, placeholders
 from .names import SAVED, Known, input_of, output_of
 from .record import BACKWARD, FORWARD, JOINT, Recorded, copied
 
@@ -32,11 +32,11 @@ def flat_graph(
     module: fx.GraphModule, names: Sequence[tuple[str, str]], ranks: Sequence[int]
 ) -> FlatGraph:
     """`module` with its descriptors read, and names for its lines in the nodes' meta."""
-    placeholders = _placeholders(module)
-    inputs = tuple(input_of(node, names) for node in placeholders)
+    nodes = placeholders(module)
+    inputs = tuple(input_of(node, names) for node in nodes)
     for node in module.graph.nodes:
         node.meta["flat_name"] = node.name
-    for node, known in zip(placeholders, inputs):
+    for node, known in zip(nodes, inputs):
         node.meta["user_name"], node.meta["input_kind"] = known.label, known.kind
     owner = owners(module, [known.rank for known in inputs], ranks=ranks)
     return FlatGraph(module, inputs, tuple(_outputs(module, names, owner)), tuple(ranks))
@@ -53,15 +53,15 @@ def rank_programs(recorded: Recorded, flat: FlatGraph, rank: int) -> dict[str, f
         outputs=[known.rank for known in flat.outputs],
     )
     labels = [known.label for known in outputs]
-    _output(module).meta["user_names"] = labels
+    output_node(module).meta["user_names"] = labels
     if JOINT not in recorded.graphs:
         return {FORWARD: module}
     count = sum(k.rank in (rank, None) for k in flat.outputs[: recorded.forward_outputs])
     forward, backward = _cut(module, count, _static_inputs(recorded, flat, rank, module))
-    saved = len(list(_leaves(_output(forward).args[0]))) - count
-    _output(forward).meta["user_names"] = labels[:count] + [SAVED] * saved
-    _output(backward).meta["user_names"] = labels[count:]
-    for node in _placeholders(backward):
+    saved = len(list(leaves(output_node(forward).args[0]))) - count
+    output_node(forward).meta["user_names"] = labels[:count] + [SAVED] * saved
+    output_node(backward).meta["user_names"] = labels[count:]
+    for node in placeholders(backward):
         if node.meta.get("input_kind") != "tangent":
             node.meta = {**node.meta, "input_kind": SAVED}
     return {JOINT: module, FORWARD: forward, BACKWARD: backward}
@@ -76,10 +76,10 @@ def _static_inputs(
     numbers for those of the flat graph, on real ranks too: there the tensor and the mesh of a
     DTensor are two inputs.
     """
-    nodes = zip(_placeholders(flat.module), flat.inputs)
+    nodes = zip(placeholders(flat.module), flat.inputs)
     own = [node.name for node, known in nodes if known.rank in (rank, None)]
     static = {own[i] for i in recorded.static_inputs if i < len(own)}
-    return [i for i, n in enumerate(_placeholders(module)) if n.meta["flat_name"] in static]
+    return [i for i, n in enumerate(placeholders(module)) if n.meta["flat_name"] in static]
 
 
 def _cut(
@@ -98,8 +98,8 @@ def _cut(
 def _outputs(
     module: fx.GraphModule, names: Sequence[tuple[str, str]], owner: Mapping[fx.Node, Owner]
 ) -> Iterator[Known]:
-    node = _output(module)
-    values = list(_leaves(node.args[0]))
+    node = output_node(module)
+    values = list(leaves(node.args[0]))
     for value, desc in zip(values, node.meta.get("desc") or [None] * len(values)):
         known = Known("", "return", None) if desc is None else output_of(desc, names)
         rank = known.rank
@@ -111,19 +111,3 @@ def _outputs(
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
-
-
-def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
-    return [n for n in module.graph.nodes if n.op == "placeholder"]
-
-
-def _output(module: fx.GraphModule) -> fx.Node:
-    return next(iter(reversed(module.graph.nodes)))
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _leaves(item)
-    else:
-        yield value

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.fx as fx
 
+from ..compile.fx_graphs import output_node
 from .names import frame_names
 
 DYNAMO, JOINT, FORWARD, BACKWARD, POST_GRAD = STAGES = (
@@ -45,7 +46,7 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph alone, which passes may change: its tensors are the user's."""
     graph = fx.Graph()
     output = graph.graph_copy(module.graph, {})
-    graph.output(output).meta.update(next(iter(reversed(module.graph.nodes))).meta)
+    graph.output(output).meta.update(output_node(module).meta)
     return fx.GraphModule(module, graph)
 
 

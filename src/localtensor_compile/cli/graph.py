@@ -12,7 +12,7 @@ from ..capture.record import STAGES
 from ..capture.run import DEFAULT, capture
 from ..check.program import ProgramError, load_program
 from ..check.text import table
-from ..compile.extract import ExtractError
+from ..compile.functional_nodes import ExtractError
 from ..golden.diff import explanation
 from ..golden.ranges import at_rank, rank_set
 from ..golden.text import GoldenError, read

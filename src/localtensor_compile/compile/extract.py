@@ -10,7 +10,7 @@ by their ranks; draws become the plain random ops.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..collectives.ops import NAMESPACE, chunks
 from ..dispatch import random_nodes
-from ..errors import LocalTensorError
+from .functional_nodes import COLLECTIVES, LISTS, ExtractError, NodeMaker, message
+from .fx_graphs import leaves, output_node
 
 Owner = frozenset[int]
 SHARED: Owner = frozenset()
@@ -30,10 +31,6 @@ aten = torch.ops.aten
 
 
 _SIZES = {aten.sym_size.int: Tensor.size, aten.sym_stride.int: Tensor.stride}
-
-
-class ExtractError(LocalTensorError, NotImplementedError):
-    """A graph of all ranks that cannot be taken apart into programs of single ranks."""
 
 
 def group_name(ranks: Sequence[int]) -> str:
@@ -127,7 +124,7 @@ def _is_draw(node: fx.Node) -> bool:
 def _shard_ranks(node: fx.Node, found: Mapping[fx.Node, Owner], ranks: Sequence[int]) -> list[int]:
     """The rank of each position of a collective: not all ranks need have a shard."""
     shards: Any = node.args[0]
-    each = node.args[-1] if _name(node) in _LISTS else 1
+    each = node.args[-1] if _name(node) in LISTS else 1
     if _name(node) == "reconcile":
         return list(node.args[1])
     count = len(shards) // each
@@ -137,7 +134,7 @@ def _shard_ranks(node: fx.Node, found: Mapping[fx.Node, Owner], ranks: Sequence[
     for i in range(count):
         owner = found[shards[i * each]]
         if len(owner) != 1:
-            raise ExtractError(_message(node, "the ranks of its operands are not known"))
+            raise ExtractError(message(node, "the ranks of its operands are not known"))
         known += owner
     return known
 
@@ -149,7 +146,7 @@ def _rank_of_result(
         of = list(node.args[0])
         return int(of[index // _results_per_rank(node)])
     of = _shard_ranks(node, found, ranks)
-    if _name(node) not in _LISTS:
+    if _name(node) not in LISTS:
         return of[index]
     groups, size = node.args[-2], int(node.args[-1])
     each = 1 if _name(node) == "reduce_scatter_list" else size
@@ -159,13 +156,6 @@ def _rank_of_result(
 def _results_per_rank(node: fx.Node) -> int:
     value: Any = node.meta.get("val") or ()
     return max(len(value) // len(node.args[0]), 1)
-
-
-def _message(node: fx.Node, why: str) -> str:
-    trace = str(node.meta.get("stack_trace") or "").strip().splitlines()
-    line = next((t.strip() for t in reversed(trace) if t.strip().startswith("File ")), "")
-    where = f" It comes from {line}." if line else ""
-    return f"{node.target} cannot be part of a single rank's program: {why}.{where}"
 
 
 class _Extraction:
@@ -181,10 +171,11 @@ class _Extraction:
         self.owners = owners(module, inputs, ranks=ranks)
         self.outputs = [
             value
-            for value, of in zip(_leaves(_output(module).args[0]), outputs)
+            for value, of in zip(leaves(output_node(module).args[0]), outputs)
             if of in (rank, None)
         ]
         self.graph = fx.Graph()
+        self.make = NodeMaker(self.graph)
         self.copies: dict[fx.Node, Any] = {}
         self.results: dict[fx.Node, list[Any]] = {}
         self.sizes: dict[fx.Node, tuple[fx.Node, int]] = {}
@@ -201,7 +192,7 @@ class _Extraction:
                 continue
             elif node in self.sizes:
                 tensor, dim = self.sizes[node]
-                size = self._call(node.target, self.copies[tensor], dim)
+                size = self.make.call(node.target, self.copies[tensor], dim)
                 size.meta.update(node.meta)
                 self.copies[node] = size
             elif _is_for_all(node):
@@ -258,7 +249,7 @@ class _Extraction:
                 for dim, size in enumerate(read(value)):
                     if wanted is not None and _expression(size) == wanted:
                         return other, dim
-        raise ExtractError(_message(node, "it is a size that only another rank has"))
+        raise ExtractError(message(node, "it is a size that only another rank has"))
 
     def _takes_part(self, node: fx.Node) -> bool:
         if _is_draw(node):
@@ -275,7 +266,7 @@ class _Extraction:
         else:
             position = _shard_ranks(node, self.owners, self.ranks).index(self.rank)
             values = self._given(node, position)
-        return [v for v in _leaves(values) if isinstance(v, fx.Node)]
+        return [v for v in leaves(values) if isinstance(v, fx.Node)]
 
     def _given(self, node: fx.Node, position: int) -> list[Any]:
         """(what it sends, ...) of the rank at a position."""
@@ -293,8 +284,8 @@ class _Extraction:
         others = self.owners[node] - {self.rank}
         if others and _expression(node.meta.get("val")) is None:
             raise ExtractError(
-                _message(
-                    node, f"it combines values of rank {self.rank} with those of {min(others)}"
+                message(
+                    node, f"it combines values of rank {self.rank} with those of rank {min(others)}"
                 )
             )
 
@@ -304,11 +295,11 @@ class _Extraction:
         source: fx.Node = node.args[0]
         index = int(node.args[1])
         if _rank_of_result(source, index, self.owners, self.ranks) != self.rank:
-            raise ExtractError(_message(source, "a rank reads what another rank received"))
+            raise ExtractError(message(source, "a rank reads what another rank received"))
         results = self.results[source]
         if _is_draw(source):
             own = index % _results_per_rank(source)
-        elif _name(source) in _LISTS:
+        elif _name(source) in LISTS:
             own = index % (1 if _name(source) == "reduce_scatter_list" else source.args[-1])
         else:
             own = 0
@@ -331,7 +322,7 @@ class _Extraction:
         for op, args, kwargs in _draws(node, self.rank):
             given = _mapped(args, self.copies), _mapped(kwargs, self.copies)
             first = [] if drawn is None else [drawn]
-            drawn = self._call(op, *first, *given[0], **given[1])
+            drawn = self.make.call(op, *first, *given[0], **given[1])
         count = _results_per_rank(node)
         values: Any = node.meta["val"]
         start = list(node.args[0]).index(self.rank) * count
@@ -342,25 +333,30 @@ class _Extraction:
                 made.meta["val"] = own[0]
         returns = len(drawn.target._schema.returns)
         if returns == 1:
-            return [self._with_value(drawn, own[0])]
+            return [self.make.with_value(drawn, own[0])]
         node_of = random_nodes.node_of(node.target)
         drawn.meta["val"] = tuple(own)
         items = node_of.outputs or range(returns)
         return [
-            self._with_value(self._call(operator.getitem, drawn, i), v) for i, v in zip(items, own)
+            self.make.with_value(self.make.call(operator.getitem, drawn, i), v)
+            for i, v in zip(items, own)
         ]
 
     def _collective(self, node: fx.Node) -> list[Any]:
         name = _name(node)
         of = _shard_ranks(node, self.owners, self.ranks)
         if name == "reconcile":
-            return [self._call(aten.clone.default, self.copies[node.args[0][of.index(self.rank)]])]
-        make = _COLLECTIVES.get(name)
+            return [
+                self.make.call(aten.clone.default, self.copies[node.args[0][of.index(self.rank)]])
+            ]
+        make = COLLECTIVES.get(name)
         if make is None:
-            raise ExtractError(_message(node, "torch has no functional collective for it"))
+            raise ExtractError(message(node, "torch has no functional collective for it"))
         position = of.index(self.rank)
         groups = chunks(node.args[-2], node.args[-1])
-        group = next(g for g in groups if position in g)
+        group = next((g for g in groups if position in g), None)
+        if group is None:  # the rank is in none of the groups, and keeps what it has
+            return [self.make.call(aten.clone.default, self.copies[self._given(node, position)[0]])]
         given = _mapped(self._given(node, position), self.copies)
         values: Any = node.meta["val"]
         mine = [
@@ -369,130 +365,7 @@ class _Extraction:
             if _rank_of_result(node, i, self.owners, self.ranks) == self.rank
         ]
         name = group_name([of[i] for i in group])
-        return make(self, node, given, name, len(group), mine)
-
-    # ---- making nodes
-    def _call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return self.graph.call_function(op, args, kwargs)
-
-    def _with_value(self, node: fx.Node, value: Any) -> fx.Node:
-        node.meta["val"] = value
-        return node
-
-    def _waited(self, op: Any, value: Any, *args: Any) -> fx.Node:
-        started = self._with_value(self._call(op, *args), value)
-        return self._with_value(self._call(_FUNCTIONAL.wait_tensor.default, started), value)
-
-
-# ---------------------------------------------------------------- collectives
-_LISTS = ("reduce_scatter_list", "all_gather_list", "all_to_all_list")
-Make = Callable[[_Extraction, fx.Node, list[Any], str, int, list[Any]], list[Any]]
-
-
-def _all_reduce(
-    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
-) -> list[Any]:
-    return [x._waited(_FUNCTIONAL.all_reduce.default, mine[0], given[0], node.args[1], group)]
-
-
-def _reduce_scatter(
-    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
-) -> list[Any]:
-    op = _FUNCTIONAL.reduce_scatter_tensor.default
-    return [x._waited(op, mine[0], given[0], node.args[1], size, group)]
-
-
-def _all_gather(
-    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
-) -> list[Any]:
-    op = _FUNCTIONAL.all_gather_into_tensor.default
-    return [x._waited(op, mine[0], given[0], size, group)]
-
-
-def _broadcast(
-    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
-) -> list[Any]:
-    return [x._waited(_FUNCTIONAL.broadcast.default, mine[0], given[0], node.args[1], group)]
-
-
-def _all_to_all_single(
-    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
-) -> list[Any]:
-    tensor, sent, received = given
-    op = _FUNCTIONAL.all_to_all_single.default
-    return [x._waited(op, mine[0], tensor, received, sent, group)]
-
-
-def _shard_dim_alltoall(
-    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
-) -> list[Any]:
-    op = torch.ops._dtensor.shard_dim_alltoall.default
-    made = x._call(op, given[0], node.args[1], node.args[2], group)
-    return [x._with_value(made, mine[0])]
-
-
-def _all_gather_list(
-    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
-) -> list[Any]:
-    """One tensor with a new first dimension is gathered, and cut again."""
-    _require_equal_shapes(node, mine)
-    row = x._with_value(x._call(aten.unsqueeze.default, given[0], 0), mine[0].unsqueeze(0))
-    whole = torch.cat([mine[0].unsqueeze(0)] * size)
-    gathered = x._waited(_FUNCTIONAL.all_gather_into_tensor.default, whole, row, size, group)
-    return _rows(x, gathered, mine)
-
-
-def _all_to_all_list(
-    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
-) -> list[Any]:
-    values = [n.meta["val"] for n in given]
-    _require_equal_shapes(node, [*values, *mine])
-    stacked = x._with_value(x._call(aten.stack.default, given), torch.stack(values))
-    ones = [1] * size
-    op = _FUNCTIONAL.all_to_all_single.default
-    received = x._waited(op, torch.stack(mine), stacked, ones, ones, group)
-    return _rows(x, received, mine)
-
-
-def _reduce_scatter_list(
-    x: _Extraction, node: fx.Node, given: list[Any], group: str, size: int, mine: list[Any]
-) -> list[Any]:
-    values = [n.meta["val"] for n in given]
-    _require_equal_shapes(node, values)
-    stacked = x._with_value(x._call(aten.stack.default, given), torch.stack(values))
-    op = _FUNCTIONAL.reduce_scatter_tensor.default
-    row = x._waited(op, mine[0].unsqueeze(0), stacked, node.args[1], size, group)
-    return _rows(x, row, mine)
-
-
-def _rows(x: _Extraction, stacked: fx.Node, values: Sequence[Any]) -> list[Any]:
-    return [
-        x._with_value(x._call(aten.select.int, stacked, 0, i), value)
-        for i, value in enumerate(values)
-    ]
-
-
-def _require_equal_shapes(node: fx.Node, values: Sequence[Tensor]) -> None:
-    if any(v.shape != values[0].shape for v in values):
-        shapes = ", ".join(str(tuple(v.shape)) for v in values)
-        raise ExtractError(
-            _message(
-                node, f"torch has no functional collective for lists of other shapes ({shapes})"
-            )
-        )
-
-
-_COLLECTIVES: dict[str, Make] = {
-    "all_reduce": _all_reduce,
-    "reduce_scatter": _reduce_scatter,
-    "all_gather": _all_gather,
-    "broadcast": _broadcast,
-    "all_to_all_single": _all_to_all_single,
-    "shard_dim_alltoall": _shard_dim_alltoall,
-    "all_gather_list": _all_gather_list,
-    "all_to_all_list": _all_to_all_list,
-    "reduce_scatter_list": _reduce_scatter_list,
-}
+        return make(self.make, node, given, name, len(group), mine)
 
 
 # ---------------------------------------------------------------- draws
@@ -504,7 +377,7 @@ def _draws(node: fx.Node, rank: int) -> list[tuple[Any, list[Any], dict[str, Any
     try:
         return found.plain_calls(index, len(ranks), rest)
     except NotImplementedError as error:
-        raise ExtractError(_message(node, str(error))) from error
+        raise ExtractError(message(node, str(error))) from error
 
 
 # ---------------------------------------------------------------- graphs
@@ -523,17 +396,3 @@ def _expression(value: Any) -> Any:
     """Of a symbolic number, else None."""
     symbolic = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
     return value.node.expr if symbolic else None
-
-
-def _output(module: fx.GraphModule) -> fx.Node:
-    return next(iter(reversed(module.graph.nodes)))
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, dict):
-        yield from _leaves(list(value.values()))
-    else:
-        yield value

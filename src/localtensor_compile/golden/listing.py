@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .._torch import FakeTensor
 from ..check.text import dtype_text
+from ..compile.fx_graphs import leaves
 from .source import Source, source_of
 
 INPUT, COLLECTIVE, OP, OUTPUT = "input", "collective", "op", "return"
@@ -126,7 +127,7 @@ class _Listing:
                 return
             self._append(node, INPUT, node.meta.get("input_kind", "input"))
         elif node.op == "output":
-            self._add_outputs(list(_leaves(node.args[0])), node.meta.get("user_names"))
+            self._add_outputs(list(leaves(node.args[0])), node.meta.get("user_names"))
         elif node.op == "get_attr":
             self._append_constant(node)
         elif node.target is operator.getitem and isinstance(node.args[0], fx.Node):
@@ -271,14 +272,6 @@ def _number(name: str) -> int:
     return int(digits or 0)
 
 
-def _leaves(value: Any) -> Iterable[Any]:
-    if isinstance(value, (list, tuple)):
-        for v in value:
-            yield from _leaves(v)
-    else:
-        yield value
-
-
 def _schema_name(target: Any) -> str:
     schema = getattr(target, "_schema", None)
     return schema.name if schema is not None else ""
@@ -308,7 +301,7 @@ def _op_name(target: Any) -> str:
 def _bytes(operand: Any) -> int | None:
     """Bytes of the tensors that a collective takes."""
     total = 0
-    for leaf in _leaves(operand):
+    for leaf in leaves(operand):
         value = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None
         if not isinstance(value, Tensor):
             continue
@@ -317,8 +310,3 @@ def _bytes(operand: Any) -> int | None:
             return None
         total += count * value.element_size()
     return total
-
-
-def rank_listings(graphs: Mapping[int, fx.Graph], groups: Groups) -> dict[int, list[Step]]:
-    """rank -> steps."""
-    return {rank: listing(graph, groups) for rank, graph in graphs.items()}
