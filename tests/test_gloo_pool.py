@@ -579,6 +579,8 @@ def script(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A shell's background jobs ignore it, and so would what they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)
         return process
@@ -623,7 +625,7 @@ def test_a_script_stopped_in_a_hang_leaves_no_processes(
         lines.append(process.stdout.readline().strip())
         assert lines[-1] or process.poll() is None, lines
     os.killpg(process.pid, number)  # as the terminal does for Ctrl-C
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     if number is signal.SIGINT:
         assert err.splitlines()[-1] == "KeyboardInterrupt" and err.count("Traceback") == 1

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_example(tmp_path, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[0]
     assert len(code.strip().splitlines()) <= 22
     file = tmp_path / "example.py"
     file.write_text(code)
