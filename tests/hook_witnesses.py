@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from localtensor_compile import LocalTensor, LocalTensorError, LocalTensorMode, World, rank_map
-from tests.parallel import data_parallel
+from tests.parallel import data_parallel, dtensor_random
 from tests.witnesses import CACHEABLE, Witnesses, require_cacheable
 
 WORLD = 4
@@ -546,6 +546,16 @@ def uneven_redistribute(name: str) -> None:
         lambda t: (t.redistribute(placements=[Shard(0)]) * 2).full_tensor(), backend="aot_eager"
     )
     same(step(whole), [2.0 * i for i in range(6)])
+
+
+@needs("torch.distributed._local_tensor.maybe_enable_local_tracker")
+def offsets_of_cuda_generators() -> None:
+    """DTensor's tracker, with a stand-in for a CUDA device's generator."""
+    found = dtensor_random.cuda_offsets(World(WORLD, "cpu", None))
+    state = found[f"(8, 12) {(Shard(0), Shard(1))} inside"]
+    # rank r holds shard r, of 4 x 6 values; of 16 bytes the last 8 are the offset
+    first, *others = [int(t[8:].view(torch.int64)) for t in state._local_tensors.values()]
+    assert [offset - first for offset in others] == [24, 48, 72]
 
 
 @needs("Replicate._make_replicate_tensor")

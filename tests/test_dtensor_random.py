@@ -34,3 +34,8 @@ def test_seeds_and_generators(world):
 def test_dropout_of_partial_is_refused():
     message = "in-place operations that require placement changes are not supported"
     refused(programs.dropout_of_partial, 3, "RuntimeError", message, compiled=False)
+
+
+def test_offsets_on_cuda_devices():
+    """Without a GPU: DTensor's tracker on a stand-in for the device's generator."""
+    verify(programs.cuda_offsets, 4, graphs=None, backends=())

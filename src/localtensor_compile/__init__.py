@@ -4,6 +4,10 @@ from typing import Any
 
 from . import _c10d as _c10d
 from . import dispatch as dispatch
+from .bundle.errors import BundleError as BundleError
+from .bundle.load import Bundle as Bundle
+from .bundle.load import load_bundle as load_bundle
+from .bundle.save import save_bundle as save_bundle
 from .capture.graphs import CapturedGraphs as CapturedGraphs
 from .capture.graphs import CaptureError as CaptureError
 from .capture.graphs import Collective as Collective
@@ -34,6 +38,8 @@ from .golden.files import assert_expected_inline as assert_expected_inline
 from .golden.files import assert_golden as assert_golden
 from .golden.testcase import GoldenTestCase as GoldenTestCase
 from .golden.text import GoldenError as GoldenError
+from .replay.simulated import Replayed as Replayed
+from .replay.simulated import replay as replay
 from .values.int_node import LocalIntNode as LocalIntNode
 from .values.tensor import LocalTensor as LocalTensor
 from .world.drop_in import _LOCAL_TENSOR_ATTR_PREFIX as _LOCAL_TENSOR_ATTR_PREFIX

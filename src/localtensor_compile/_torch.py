@@ -315,3 +315,45 @@ def bind_unbacked(values: Any) -> None:
             env.ignorable_fresh_unbacked_symbols.extend(
                 s for s in node.expr.free_symbols if s in env.pending_fresh_unbacked_symbols
             )
+
+
+def exported_program(
+    module: Any,
+    signature: Any,
+    *,
+    in_spec: Any,
+    out_spec: Any,
+    range_constraints: Any,
+    constants: dict[str, Any],
+) -> Any:
+    """An ExportedProgram of a graph as it stands. It may write to its inputs: not functional."""
+    from torch._export.verifier import TrainingIRVerifier
+    from torch.export import ExportedProgram
+    from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+
+    call = ModuleCallSignature(inputs=[], outputs=[], in_spec=in_spec, out_spec=out_spec)
+    return ExportedProgram(
+        root=module,
+        graph=module.graph,
+        graph_signature=signature,
+        state_dict={},
+        range_constraints=range_constraints,
+        module_call_graph=[ModuleCallEntry(fqn="", signature=call)],
+        constants=constants,
+        verifiers=[TrainingIRVerifier],
+    )
+
+
+def value_ranges(values: Any) -> dict[Any, Any]:
+    """Symbol -> its range, for the symbols in the sizes of fake values."""
+    found: dict[Any, Any] = {}
+    for value in values:
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            sizes = (*part.shape, *part.stride()) if isinstance(part, torch.Tensor) else (part,)
+            for size in sizes:
+                if isinstance(size, torch.SymInt):
+                    env = size.node.shape_env
+                    for symbol in size.node.expr.free_symbols:
+                        if symbol in env.var_to_range:
+                            found[symbol] = env.var_to_range[symbol]
+    return found

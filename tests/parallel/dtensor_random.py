@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from torch.distributed.tensor import (
     Shard,
     distribute_tensor,
 )
-from torch.distributed.tensor._random import manual_seed
+from torch.distributed.tensor._random import OffsetBasedRNGTracker, manual_seed
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from .harness import draw, fill, gradients
@@ -153,3 +155,38 @@ def independent(world: Any, placement: Any = None) -> dict[str, Any]:
     results[1].sum().full_tensor().backward()
     found["rand"] = torch.distributed.tensor.rand(5, 3, device_mesh=mesh, placements=[Shard(0)])
     return {**found, "grad": x.grad, **{f"result {i}": r for i, r in enumerate(results)}}
+
+
+class _Generator:
+    """In the place of a CUDA device's generator: its 16 bytes of state, seed and offset."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def get_rng_state(self, device: Any = None) -> Any:
+        return self.state.clone()
+
+    def set_rng_state(self, state: Any, device: Any = None) -> None:
+        self.state = state.clone()
+
+
+def cuda_offsets(world: Any) -> dict[str, Any]:
+    """Where DTensor's tracker of CUDA devices lets the draws of each rank start and end."""
+    mesh = world.mesh((2, world.size // 2), ("dp", "tp"))
+    state = world.rank_map(lambda rank: torch.arange(16, dtype=torch.uint8))
+    generator = _Generator(state)
+    tracker = object.__new__(OffsetBasedRNGTracker)  # __init__ wants a CUDA device
+    tracker._device, tracker._device_handle = torch.device("cpu"), generator
+    tracker._use_distribute_region = True
+    found = {}
+    for shape in ((8, 12), (7, 5), (1, 3)):
+        for placements in itertools.product((Shard(0), Shard(1), R), repeat=2):
+            x = distribute_tensor(torch.zeros(shape), mesh, placements)
+            with (
+                mock.patch.object(torch.cpu, "get_rng_state", generator.get_rng_state, create=True),
+                mock.patch.object(torch.cpu, "set_rng_state", generator.set_rng_state, create=True),
+                tracker._distribute_region(x._spec),
+            ):
+                found[f"{shape} {placements} inside"] = generator.get_rng_state()
+            found[f"{shape} {placements} after"] = generator.get_rng_state()
+    return found

@@ -54,6 +54,8 @@ class CapturedGraphs:
     Attributes:
         world_size: number of ranks.
         stages: those that were asked for.
+        graph_breaks: why Dynamo broke graphs, and how often: code between graphs is in none.
+        device: where the program's tensors were.
     """
 
     def __init__(
@@ -62,7 +64,11 @@ class CapturedGraphs:
         stages: Sequence[str],
         frames: Sequence[Recorded],
         groups: Mapping[str, Family],
+        graph_breaks: Mapping[str, int],
+        device: str,
     ) -> None:
+        self.graph_breaks = dict(graph_breaks)
+        self.device = device
         self.world_size = world_size
         self.stages = tuple(stages)
         self._frames = list(frames)

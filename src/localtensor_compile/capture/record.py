@@ -11,6 +11,7 @@ import torch.fx as fx
 
 from ..compile.fx_graphs import output_node
 from .names import frame_names
+from .values import Call, kept
 
 DYNAMO, JOINT, FORWARD, BACKWARD, POST_GRAD = STAGES = (
     "dynamo",
@@ -31,12 +32,14 @@ class Recorded:
             `post_grad forward` and `post_grad backward`.
         forward_outputs: how many outputs of the joint graph are the forward's.
         static_inputs: those of the joint graph whose memory stays, as parameters'.
+        calls: `forward` and `backward` -> their first call, where values are kept.
     """
 
     names: list[tuple[str, str]]
     graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
     forward_outputs: int = 0
     static_inputs: tuple[int, ...] = ()
+    calls: dict[str, Call] = field(default_factory=dict)
 
     def keep(self, stage: str, graph: fx.GraphModule) -> None:
         self.graphs[stage] = copied(graph)
@@ -55,14 +58,16 @@ class Recorder:
 
     Args:
         inductor: compile with Inductor and keep its post-grad graphs; else run AOTAutograd's.
+        values: keep what the graphs are given in their first call, and what they return.
 
     Attributes:
         frames: in the order in which Dynamo captured them.
     """
 
-    def __init__(self, inductor: bool = False) -> None:
+    def __init__(self, inductor: bool = False, values: bool = False) -> None:
         self.frames: list[Recorded] = []
         self._inductor = inductor
+        self._values = values
 
     def backend(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Given to torch.compile."""
@@ -84,15 +89,23 @@ class Recorder:
             recorded.static_inputs = tuple(options.get("static_lifetime_input_indices") or ())
             return min_cut_rematerialization_partition(joint, joint_inputs, **options)
 
-        def run(graph: fx.GraphModule, _: Any) -> Any:
-            return make_boxed_func(graph.forward)
+        def runs(stage: str) -> Callable[[fx.GraphModule, Any], Any]:
+            def run(graph: fx.GraphModule, _: Any) -> Any:
+                if self._values:
+                    return kept(graph, recorded.calls.setdefault(stage, Call()))
+                return make_boxed_func(graph.forward)
+
+            return run
 
         def inference(graph: fx.GraphModule, given: Any) -> Any:
             recorded.keep(FORWARD, graph)
-            return run(graph, given)
+            return runs(FORWARD)(graph, given)
 
         return aot_autograd(
-            fw_compiler=run, bw_compiler=run, inference_compiler=inference, partition_fn=partition
+            fw_compiler=runs(FORWARD),
+            bw_compiler=runs(BACKWARD),
+            inference_compiler=inference,
+            partition_fn=partition,
         )(module, inputs)
 
     def _compile_with_inductor(
@@ -118,9 +131,18 @@ class Recorder:
 def fresh_compiler() -> Iterator[None]:
     """Nothing compiled before is used, nothing compiled within is left behind."""
     import torch
+    from torch._dynamo.utils import counters
 
     torch.compiler.reset()
+    counters.clear()
     try:
         yield
     finally:
         torch.compiler.reset()
+
+
+def graph_breaks() -> dict[str, int]:
+    """Why Dynamo broke graphs since `fresh_compiler`, and how often."""
+    from torch._dynamo.utils import counters
+
+    return {str(reason): int(count) for reason, count in counters["graph_break"].items()}

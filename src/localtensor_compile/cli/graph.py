@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..bundle.errors import BundleError
+from ..bundle.save import save_bundle
 from ..capture.graphs import CapturedGraphs, CaptureError
 from ..capture.record import STAGES
 from ..capture.run import DEFAULT, capture
@@ -54,6 +56,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--collectives", action="store_true", help="print a table of the collectives instead"
     )
+    parser.add_argument(
+        "--save-bundle",
+        metavar="DIR",
+        help="write each rank's programs with their inputs and results, for `localtensor replay`",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -64,7 +71,10 @@ def _run(arguments: argparse.Namespace) -> int:
             graphs.rank(arguments.rank)
         if arguments.diff is not None:
             return _diff(graphs, arguments)
-    except (ProgramError, CaptureError, ExtractError, GoldenError) as error:
+        if arguments.save_bundle is not None:
+            print(f"wrote {save_bundle(graphs, arguments.save_bundle)}")
+            return 0
+    except (ProgramError, CaptureError, ExtractError, GoldenError, BundleError) as error:
         print(f"localtensor graph: {error}", file=sys.stderr)
         return 2
     if arguments.collectives:
@@ -79,7 +89,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _capture(program: str, arguments: argparse.Namespace) -> CapturedGraphs:
-    return capture(load_program(program), arguments.nproc_per_node, stage=arguments.stage)
+    return capture(
+        load_program(program),
+        arguments.nproc_per_node,
+        stage=arguments.stage,
+        values=arguments.save_bundle is not None,
+    )
 
 
 def _diff(graphs: CapturedGraphs, arguments: argparse.Namespace) -> int:

@@ -57,7 +57,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--timeout",
         type=_positive,
-        default=120,
+        default=60,
         metavar="SECONDS",
         help="for one step, as the compilation of an op's cases (default: %(default)s)",
     )

@@ -30,7 +30,7 @@ class Plan:
 
     backends: tuple[str, ...] = BACKENDS
     samples: int = 2
-    shardings: int = 5
+    shardings: int = 3
     compiled: Mapping[str, int] = field(default_factory=lambda: {"aot_eager": 2, "inductor": 1})
 
     def as_json(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import placement_types
 
-from .. import per_rank_code, state
+from .. import drop_in, per_rank_code, state
 from ..rank_numbers import is_plain
 
 Replacement = tuple[Any, str, Any]
@@ -25,6 +25,10 @@ def replacements() -> Iterator[Replacement]:
     upstream = placement_types.maybe_run_for_local_tensor.__globals__
     yield upstream, "get_local_tensor_mode_list", state.get_local_tensor_mode_list
     yield upstream, "_for_each_rank_run_func", per_rank_code.for_each_rank
+    # DTensor's tracker of CUDA generators does its own arithmetic, on the states of all ranks.
+    name = "maybe_enable_local_tracker"
+    if name in upstream:  # not in every supported version
+        yield upstream, name, drop_in.maybe_enable_local_tracker
     name = "_make_replicate_tensor"
     original = placement_types.Replicate.__dict__.get(name)
     if original is not None:  # not in every supported version

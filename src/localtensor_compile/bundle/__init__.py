@@ -1,0 +1,1 @@
+"""Bundles: each rank's program with its inputs and results, in a directory that others can run."""
