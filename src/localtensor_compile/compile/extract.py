@@ -20,7 +20,7 @@ from torch import Tensor
 from ..collectives.ops import NAMESPACE, chunks
 from ..dispatch import random_nodes
 from .functional_nodes import COLLECTIVES, LISTS, ExtractError, NodeMaker, message
-from .fx_graphs import leaves, output_node
+from .fx_graphs import leaves, output_node, placeholders
 
 Owner = frozenset[int]
 SHARED: Owner = frozenset()
@@ -65,6 +65,7 @@ def owners(
     """
     found: dict[fx.Node, Owner] = {}
     known = iter(inputs)
+    holders = symbol_holders(module, inputs)
     for node in module.graph.nodes:
         if node.op == "placeholder":
             rank = next(known)
@@ -76,8 +77,35 @@ def owners(
             inputs_of = node.all_input_nodes
             # Ranks share symbols: the size of one rank's tensor may be written for another's.
             others = [n for n in inputs_of if _expression(n.meta.get("val")) is None]
-            found[node] = frozenset().union(*(found[n] for n in others or inputs_of))
+            expression = _expression(node.meta.get("val"))
+            if expression is not None and _held_by_several(expression, holders):
+                found[node] = SHARED
+            else:
+                found[node] = frozenset().union(*(found[n] for n in others or inputs_of))
     return found
+
+
+def symbol_holders(
+    module: fx.GraphModule, inputs: Sequence[int | None]
+) -> dict[Any, frozenset[int | None]]:
+    """Symbol -> the ranks with an input of that size; None among them for what all ranks have."""
+    found: dict[Any, set[int | None]] = {}
+    for node, rank in zip(placeholders(module), inputs):
+        value = node.meta.get("val")
+        numbers = (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,)
+        for number in numbers:
+            for symbol in getattr(_expression(number), "free_symbols", ()):
+                found.setdefault(symbol, set()).add(rank)
+    return {symbol: frozenset(ranks) for symbol, ranks in found.items()}
+
+
+def _held_by_several(expression: Any, holders: Mapping[Any, frozenset[int | None]]) -> bool:
+    """Whether more than one rank can compute an expression of sizes."""
+    of = [holders.get(symbol, frozenset()) for symbol in expression.free_symbols]
+    own = [ranks for ranks in of if None not in ranks]
+    if not own:
+        return bool(of)
+    return len(frozenset.intersection(*own)) > 1
 
 
 def extract_rank(
@@ -169,6 +197,7 @@ class _Extraction:
     ) -> None:
         self.module, self.rank, self.ranks = module, rank, list(ranks)
         self.owners = owners(module, inputs, ranks=ranks)
+        self.holders = symbol_holders(module, inputs)
         self.outputs = [
             value
             for value, of in zip(leaves(output_node(module).args[0]), outputs)
@@ -219,7 +248,7 @@ class _Extraction:
             if _is_for_all(node):
                 left += [node] if self._takes_part(node) else []
             elif node.op == "call_function" and node.is_impure():
-                left += [node] if self.owners[node] in ({self.rank}, SHARED) else []
+                left += [node] if self._concerns(node) else []
         while left:
             node = left.pop()
             if node in found:
@@ -232,10 +261,23 @@ class _Extraction:
                 left += self._operands(node) if _is_for_all(node) else node.all_input_nodes
         return found
 
+    def _concerns(self, node: fx.Node) -> bool:
+        """Whether a node that nobody uses, an assertion, is the rank's to run."""
+        if self.owners[node] not in ({self.rank}, SHARED):
+            return False
+        symbols = {
+            s
+            for n in node.all_input_nodes
+            for s in getattr(_expression(n.meta.get("val")), "free_symbols", ())
+        }
+        return all({self.rank, None} & self.holders.get(s, {None}) for s in symbols)
+
     def _is_size_of_another(self, node: fx.Node) -> bool:
         """Whether a node is a size of another rank's tensor, which equals one of this rank's."""
-        owner = self.owners[node]
-        return node.target in _SIZES and bool(owner) and self.rank not in owner
+        if node.target not in _SIZES:
+            return False
+        owner = self.owners[node.args[0]]  # type: ignore[index]
+        return bool(owner) and self.rank not in owner
 
     def _same_size(self, node: fx.Node) -> tuple[fx.Node, int]:
         """(tensor, dimension) of this rank with the same symbolic size or stride."""
