@@ -22,8 +22,6 @@ from torch.distributed.tensor.parallel import (
 import localtensor_compile as lt
 from tests.parallel.harness import draw, fill
 
-WORLD = dist.group.WORLD
-
 
 class Function(nn.Module):
     """A function as a module."""
@@ -65,7 +63,7 @@ class Statistics(nn.Module):
     def forward(self, x: Any, *, scale: float = 1.0) -> Any:
         y = self.norm(x) * scale + self.offset
         self.seen.add_(y.sum(0))
-        self.last = funcol.all_reduce(y.mean(0), "max", WORLD) + self.seen
+        self.last = funcol.all_reduce(y.mean(0), "max", dist.group.WORLD) + self.seen
         return {"normed": y, "rows": x.shape[0], "nothing": None, "shared": (self.last, 3)}
 
 
@@ -88,39 +86,41 @@ def rows_exchanged(x: Any) -> Any:
     rows = x[:1].expand(4, 4) if size == 1 else x.repeat(size * 4, 1)[: each * size]
     sent = [each] * size
     received = [r + 1 for r in range(size)]
-    return funcol.all_to_all_single(rows * 2, received, sent, WORLD)
+    return funcol.all_to_all_single(rows * 2, received, sent, dist.group.WORLD)
 
 
 def unused_result(x: Any) -> Any:
-    funcol.all_reduce(x.sum(0), "sum", WORLD)
+    funcol.all_reduce(x.sum(0), "sum", dist.group.WORLD)
     return x.cos()
 
 
 def broadcast(x: Any) -> Any:
-    return funcol.broadcast(x, 1, WORLD) * (dist.get_rank() + 1)
+    return funcol.broadcast(x, 1, dist.group.WORLD) * (dist.get_rank() + 1)
 
 
 def scattered(x: Any) -> Any:
     size = dist.get_world_size()
-    gathered = funcol.all_gather_tensor(x, 0, WORLD)
-    return funcol.reduce_scatter_tensor(gathered.sin(), "sum", 0, WORLD), size
+    gathered = funcol.all_gather_tensor(x, 0, dist.group.WORLD)
+    return funcol.reduce_scatter_tensor(gathered.sin(), "sum", 0, dist.group.WORLD), size
 
 
 def made_inside(x: Any) -> Any:
     rows = x.shape[0]
     total = x.sum(0) + torch.ones(4) * rows
-    return funcol.all_reduce(total, "sum", WORLD), torch.arange(rows) + x[:, 0]
+    return funcol.all_reduce(total, "sum", dist.group.WORLD), torch.arange(rows) + x[:, 0]
 
 
 def noisy(x: Any) -> Any:
     dropped = F.dropout(x, 0.5)
-    return funcol.all_reduce(dropped.sum(0) + torch.randn(4), "sum", WORLD), torch.rand_like(x)
+    return funcol.all_reduce(
+        dropped.sum(0) + torch.randn(4), "sum", dist.group.WORLD
+    ), torch.rand_like(x)
 
 
 def branching(x: Any) -> Any:
     flag = x.sum() > 0
     y = torch.cond(flag, lambda t: t.sin(), lambda t: t.cos() * 2, (x,))
-    return funcol.all_reduce(y.sum(0), "sum", WORLD)
+    return funcol.all_reduce(y.sum(0), "sum", dist.group.WORLD)
 
 
 def dtensors() -> tuple[nn.Module, Any]:
