@@ -8,8 +8,9 @@ import torch
 import torch.fx as fx
 
 import localtensor_compile as lt
-from localtensor_compile.compile.extract import extract_rank, group_name, group_ranks, owners
+from localtensor_compile.compile.extract import extract_rank, group_name, group_ranks
 from localtensor_compile.compile.fx_graphs import leaves, output_node, placeholders
+from localtensor_compile.compile.owners import owners
 from tests import graph_programs as programs
 from tests.parallel import data_parallel, extracted, tensor_parallel
 from tests.parallel.harness import worlds

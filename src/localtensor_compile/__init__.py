@@ -33,6 +33,10 @@ from .errors import RankDivergence as RankDivergence
 from .errors import ShardError as ShardError
 from .errors import UnsupportedError as UnsupportedError
 from .errors import WorldError as WorldError
+from .export.groups import connect as connect
+from .export.leaves import ExportError as ExportError
+from .export.programs import RankPrograms as RankPrograms
+from .export.programs import export as export
 from .golden.files import GoldenMismatch as GoldenMismatch
 from .golden.files import assert_expected_inline as assert_expected_inline
 from .golden.files import assert_golden as assert_golden

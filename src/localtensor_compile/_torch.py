@@ -357,3 +357,33 @@ def value_ranges(values: Any) -> dict[Any, Any]:
                         if symbol in env.var_to_range:
                             found[symbol] = env.var_to_range[symbol]
     return found
+
+
+def export_flat(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> Any:
+    """The ExportedProgram of a module of plain tensors: functional, of what stands below autograd.
+
+    Above autograd, where torch.export.export traces, torch does not know what to do with an op on
+    a tensor subclass that is made inside.
+    """
+    from torch.export._trace import _export
+
+    return _export(model, args, kwargs, dynamic_shapes, strict=False, pre_dispatch=False)
+
+
+def register_process_group(name: str, group: Any) -> None:
+    """Let functional collectives find `group` under `name` too."""
+    from torch._C._distributed_c10d import _register_process_group
+
+    _register_process_group(name, group)
+
+
+def process_group_named(name: str) -> Any:
+    """The process group of a name, or None."""
+    from torch._C._distributed_c10d import _resolve_process_group
+
+    try:
+        return _resolve_process_group(name)
+    except (RuntimeError, ValueError):
+        return None

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch.fx as fx
 from torch import Tensor
 
-from ..compile.extract import Owner, extract_rank, owners
+from ..compile.extract import extract_rank
 from ..compile.fx_graphs import leaves, output_node, placeholders
+from ..compile.owners import Owner, owners
 from .names import SAVED, Known, input_of, output_of
 from .record import BACKWARD, FORWARD, JOINT, Recorded, copied
 

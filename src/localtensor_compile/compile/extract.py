@@ -17,13 +17,22 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from ..collectives.ops import NAMESPACE, chunks
+from ..collectives.ops import chunks
 from ..dispatch import random_nodes
 from .functional_nodes import COLLECTIVES, LISTS, ExtractError, NodeMaker, message
 from .fx_graphs import leaves, output_node
-
-Owner = frozenset[int]
-SHARED: Owner = frozenset()
+from .owners import (
+    SHARED,
+    expression_of,
+    is_draw,
+    is_for_all,
+    op_name,
+    owners,
+    rank_of_result,
+    results_per_rank,
+    shard_ranks,
+    symbol_holders,
+)
 
 _GROUP = "ranks:"
 _FUNCTIONAL = torch.ops._c10d_functional
@@ -47,37 +56,6 @@ def group_ranks(name: str) -> tuple[int, ...]:
     if not name.startswith(_GROUP):
         raise ValueError(f"{name!r} does not name a group by its ranks.")
     return tuple(int(r) for r in name.removeprefix(_GROUP).split(","))
-
-
-def owners(
-    module: fx.GraphModule, inputs: Sequence[int | None], *, ranks: Sequence[int]
-) -> dict[fx.Node, Owner]:
-    """Whose value each node of a graph of all ranks is: one rank, or nobody's in particular.
-
-    Args:
-        module: the graph.
-        inputs: for each placeholder the rank whose shard it is; None for what all ranks have.
-        ranks: all ranks.
-
-    Returns:
-        node -> the ranks on whose shards it depends; empty for what all ranks have. A node for
-        several ranks is a collective, a draw, or an expression of sizes.
-    """
-    found: dict[fx.Node, Owner] = {}
-    known = iter(inputs)
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            rank = next(known)
-            found[node] = SHARED if rank is None else frozenset({rank})
-        elif node.target is operator.getitem and _is_for_all(node.args[0]):
-            rank = _rank_of_result(node.args[0], node.args[1], found, ranks)
-            found[node] = frozenset({rank})
-        else:
-            inputs_of = node.all_input_nodes
-            # Ranks share symbols: the size of one rank's tensor may be written for another's.
-            others = [n for n in inputs_of if _expression(n.meta.get("val")) is None]
-            found[node] = frozenset().union(*(found[n] for n in others or inputs_of))
-    return found
 
 
 def extract_rank(
@@ -107,57 +85,6 @@ def extract_rank(
     return _Extraction(module, rank, ranks, inputs, outputs).run()
 
 
-def _is_for_all(node: Any) -> bool:
-    """Whether a node takes the shards of all ranks: a collective, or a draw."""
-    namespace = getattr(getattr(node, "target", None), "namespace", "")
-    return namespace in (NAMESPACE, random_nodes.NAMESPACE)
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target._schema.name).partition("::")[2]
-
-
-def _is_draw(node: fx.Node) -> bool:
-    return getattr(node.target, "namespace", "") == random_nodes.NAMESPACE
-
-
-def _shard_ranks(node: fx.Node, found: Mapping[fx.Node, Owner], ranks: Sequence[int]) -> list[int]:
-    """The rank of each position of a collective: not all ranks need have a shard."""
-    shards: Any = node.args[0]
-    each = node.args[-1] if _name(node) in LISTS else 1
-    if _name(node) == "reconcile":
-        return list(node.args[1])
-    count = len(shards) // each
-    if count == len(ranks):
-        return list(ranks)
-    known: list[int] = []
-    for i in range(count):
-        owner = found[shards[i * each]]
-        if len(owner) != 1:
-            raise ExtractError(message(node, "the ranks of its operands are not known"))
-        known += owner
-    return known
-
-
-def _rank_of_result(
-    node: fx.Node, index: int, found: Mapping[fx.Node, Owner], ranks: Sequence[int]
-) -> int:
-    if _is_draw(node):
-        of = list(node.args[0])
-        return int(of[index // _results_per_rank(node)])
-    of = _shard_ranks(node, found, ranks)
-    if _name(node) not in LISTS:
-        return of[index]
-    groups, size = node.args[-2], int(node.args[-1])
-    each = 1 if _name(node) == "reduce_scatter_list" else size
-    return of[groups[index // each]]
-
-
-def _results_per_rank(node: fx.Node) -> int:
-    value: Any = node.meta.get("val") or ()
-    return max(len(value) // len(node.args[0]), 1)
-
-
 class _Extraction:
     def __init__(
         self,
@@ -169,6 +96,7 @@ class _Extraction:
     ) -> None:
         self.module, self.rank, self.ranks = module, rank, list(ranks)
         self.owners = owners(module, inputs, ranks=ranks)
+        self.holders = symbol_holders(module, inputs)
         self.outputs = [
             value
             for value, of in zip(leaves(output_node(module).args[0]), outputs)
@@ -195,7 +123,7 @@ class _Extraction:
                 size = self.make.call(node.target, self.copies[tensor], dim)
                 size.meta.update(node.meta)
                 self.copies[node] = size
-            elif _is_for_all(node):
+            elif is_for_all(node):
                 self.results[node] = self._taken_apart(node)
             elif node.target is operator.getitem and node.args[0] in self.results:
                 self.copies[node] = self._result(node)
@@ -216,10 +144,10 @@ class _Extraction:
         found: set[fx.Node] = set()
         left = [v for v in self.outputs if isinstance(v, fx.Node) and not _is_object(v)]
         for node in self.module.graph.nodes:
-            if _is_for_all(node):
+            if is_for_all(node):
                 left += [node] if self._takes_part(node) else []
             elif node.op == "call_function" and node.is_impure():
-                left += [node] if self.owners[node] in ({self.rank}, SHARED) else []
+                left += [node] if self._concerns(node) else []
         while left:
             node = left.pop()
             if node in found:
@@ -229,17 +157,30 @@ class _Extraction:
                 self.sizes[node] = self._same_size(node)
                 left.append(self.sizes[node][0])
             else:
-                left += self._operands(node) if _is_for_all(node) else node.all_input_nodes
+                left += self._operands(node) if is_for_all(node) else node.all_input_nodes
         return found
+
+    def _concerns(self, node: fx.Node) -> bool:
+        """Whether a node that nobody uses, an assertion, is the rank's to run."""
+        if self.owners[node] not in ({self.rank}, SHARED):
+            return False
+        symbols = {
+            s
+            for n in node.all_input_nodes
+            for s in getattr(expression_of(n.meta.get("val")), "free_symbols", ())
+        }
+        return all({self.rank, None} & self.holders.get(s, {None}) for s in symbols)
 
     def _is_size_of_another(self, node: fx.Node) -> bool:
         """Whether a node is a size of another rank's tensor, which equals one of this rank's."""
-        owner = self.owners[node]
-        return node.target in _SIZES and bool(owner) and self.rank not in owner
+        if node.target not in _SIZES:
+            return False
+        owner = self.owners[node.args[0]]  # type: ignore[index]
+        return bool(owner) and self.rank not in owner
 
     def _same_size(self, node: fx.Node) -> tuple[fx.Node, int]:
         """(tensor, dimension) of this rank with the same symbolic size or stride."""
-        wanted = _expression(node.meta.get("val"))
+        wanted = expression_of(node.meta.get("val"))
         read = _SIZES[node.target]
         for other in self.module.graph.nodes:
             if other is node:
@@ -247,34 +188,34 @@ class _Extraction:
             value = other.meta.get("val")
             if isinstance(value, Tensor) and self.owners[other] == {self.rank}:
                 for dim, size in enumerate(read(value)):
-                    if wanted is not None and _expression(size) == wanted:
+                    if wanted is not None and expression_of(size) == wanted:
                         return other, dim
         raise ExtractError(message(node, "it is a size that only another rank has"))
 
     def _takes_part(self, node: fx.Node) -> bool:
-        if _is_draw(node):
+        if is_draw(node):
             return self.rank in node.args[0]
-        of = _shard_ranks(node, self.owners, self.ranks)
-        if _name(node) == "reconcile":
+        of = shard_ranks(node, self.owners, self.ranks)
+        if op_name(node) == "reconcile":
             return self.rank in of
         return self.rank in {of[i] for i in node.args[-2]}
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """What the rank gives to a collective or draw."""
-        if _is_draw(node):
+        if is_draw(node):
             values: Any = [call[1:] for call in _draws(node, self.rank)]
         else:
-            position = _shard_ranks(node, self.owners, self.ranks).index(self.rank)
+            position = shard_ranks(node, self.owners, self.ranks).index(self.rank)
             values = self._given(node, position)
         return [v for v in leaves(values) if isinstance(v, fx.Node)]
 
     def _given(self, node: fx.Node, position: int) -> list[Any]:
         """(what it sends, ...) of the rank at a position."""
         shards: Any = node.args[0]
-        if _name(node) in ("reduce_scatter_list", "all_to_all_list"):
+        if op_name(node) in ("reduce_scatter_list", "all_to_all_list"):
             size = int(node.args[-1])
             return list(shards[position * size : (position + 1) * size])
-        if _name(node) == "all_to_all_single":
+        if op_name(node) == "all_to_all_single":
             size = int(node.args[-1])
             part = slice(position * size, (position + 1) * size)
             return [shards[position], list(node.args[1][part]), list(node.args[2][part])]
@@ -282,7 +223,7 @@ class _Extraction:
 
     def _require_one_rank(self, node: fx.Node) -> None:
         others = self.owners[node] - {self.rank}
-        if others and _expression(node.meta.get("val")) is None:
+        if others and expression_of(node.meta.get("val")) is None:
             raise ExtractError(
                 message(
                     node, f"it combines values of rank {self.rank} with those of rank {min(others)}"
@@ -294,13 +235,13 @@ class _Extraction:
         """The rank's own item of a node for all ranks."""
         source: fx.Node = node.args[0]
         index = int(node.args[1])
-        if _rank_of_result(source, index, self.owners, self.ranks) != self.rank:
+        if rank_of_result(source, index, self.owners, self.ranks) != self.rank:
             raise ExtractError(message(source, "a rank reads what another rank received"))
         results = self.results[source]
-        if _is_draw(source):
-            own = index % _results_per_rank(source)
-        elif _name(source) in LISTS:
-            own = index % (1 if _name(source) == "reduce_scatter_list" else source.args[-1])
+        if is_draw(source):
+            own = index % results_per_rank(source)
+        elif op_name(source) in LISTS:
+            own = index % (1 if op_name(source) == "reduce_scatter_list" else source.args[-1])
         else:
             own = 0
         made = results[own]
@@ -311,7 +252,7 @@ class _Extraction:
     def _taken_apart(self, node: fx.Node) -> list[Any]:
         """The rank's results of a collective or draw."""
         first = len(self.graph.nodes)
-        made = self._draw(node) if _is_draw(node) else self._collective(node)
+        made = self._draw(node) if is_draw(node) else self._collective(node)
         for new in list(self.graph.nodes)[first:]:
             for key, value in node.meta.items():
                 new.meta.setdefault(key, value)
@@ -323,7 +264,7 @@ class _Extraction:
             given = _mapped(args, self.copies), _mapped(kwargs, self.copies)
             first = [] if drawn is None else [drawn]
             drawn = self.make.call(op, *first, *given[0], **given[1])
-        count = _results_per_rank(node)
+        count = results_per_rank(node)
         values: Any = node.meta["val"]
         start = list(node.args[0]).index(self.rank) * count
         own = list(values[start : start + count])
@@ -343,8 +284,8 @@ class _Extraction:
         ]
 
     def _collective(self, node: fx.Node) -> list[Any]:
-        name = _name(node)
-        of = _shard_ranks(node, self.owners, self.ranks)
+        name = op_name(node)
+        of = shard_ranks(node, self.owners, self.ranks)
         if name == "reconcile":
             return [
                 self.make.call(aten.clone.default, self.copies[node.args[0][of.index(self.rank)]])
@@ -362,7 +303,7 @@ class _Extraction:
         mine = [
             v
             for i, v in enumerate(values)
-            if _rank_of_result(node, i, self.owners, self.ranks) == self.rank
+            if rank_of_result(node, i, self.owners, self.ranks) == self.rank
         ]
         name = group_name([of[i] for i in group])
         return make(self.make, node, given, name, len(group), mine)
@@ -390,9 +331,3 @@ def _is_object(node: fx.Node) -> bool:
     value = node.meta.get("val")
     known = (Tensor, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, list, tuple)
     return node.op == "placeholder" and value is not None and not isinstance(value, known)
-
-
-def _expression(value: Any) -> Any:
-    """Of a symbolic number, else None."""
-    symbolic = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
-    return value.node.expr if symbolic else None

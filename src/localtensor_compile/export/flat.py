@@ -1,0 +1,111 @@
+"""A model of all ranks whose inputs, parameters and outputs are plain tensors, one per rank.
+
+What torch.export traces in place of the model: it makes LocalTensors of its inputs, calls the
+model, and takes what that returns apart.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .leaves import ExportError, take_apart, take_tree_apart
+from .state import State, read, register, states_of, tensors_of
+
+
+class FlatModel(nn.Module):
+    """`model` on the parts of its inputs.
+
+    Args:
+        model: its parameters and buffers are read here, and not written.
+        call: what to trace, by default the model: called as call(values, args, kwargs) with the
+            values of `states` by name.
+
+    Attributes:
+        states: the parameters and buffers.
+        out_ranks: after tracing, for each leaf of the output that the model returns its ranks.
+        out_spec: the structure of that output.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        call: Callable[[dict[str, Any], Any, Any], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.states: list[State] = states_of(model)
+        for state in self.states:
+            for name, tensor in tensors_of(state):
+                register(self, name, tensor, state)
+        self.leaves, self.in_spec = take_tree_apart((args, dict(kwargs)))
+        self.out_ranks: list[tuple[int, ...]] = []
+        self.out_spec: Any = None
+        self.signature = inspect.signature(model.forward)
+        # Not as a submodule, whose LocalTensors torch.export would take for parameters.
+        object.__setattr__(self, "_call", call or _caller(model))
+        object.__setattr__(self, "forward", with_signature(self.signature, self._run))
+
+    @property
+    def of_all(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) of this model: each value of all ranks is a tuple of its parts."""
+        return pytree.tree_unflatten([leaf.of_all for leaf in self.leaves], self.in_spec)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        given = [leaf.joined(v) for leaf, v in zip(self.leaves, self._split((args, kwargs)))]
+        args, kwargs = pytree.tree_unflatten(given, self.in_spec)
+        states = {state.name: state.leaf.joined(self._held(state)) for state in self.states}
+        before = dict(states)
+        result = self._call(states, args, kwargs)
+        for state in self.states:
+            if states[state.name] is not before[state.name]:
+                self._write(state, states[state.name])
+        leaves, self.out_spec = take_tree_apart(result)
+        self.out_ranks = [leaf.ranks for leaf in leaves]
+        return pytree.tree_unflatten([leaf.of_all for leaf in leaves], self.out_spec)
+
+    def _split(self, given: Any) -> list[Any]:
+        return list(self.in_spec.flatten_up_to(given))
+
+    def _held(self, state: State) -> Any:
+        if not state.leaf.ranks:
+            return read(self, state.name)
+        return [read(self, state.name_of(r)) for r in state.leaf.ranks]
+
+    def _write(self, state: State, value: Any) -> None:
+        """The model has put another tensor in the place of a buffer."""
+        leaf = take_apart(value)
+        if leaf.ranks != state.leaf.ranks:
+            raise ExportError(
+                f"the model puts a tensor of ranks {list(leaf.ranks)} in the place of "
+                f"{state.name}, which is one of ranks {list(state.leaf.ranks)}. Keep it of the "
+                "same ranks, so that every rank's program has it."
+            )
+        for rank, part in zip(state.leaf.ranks or (None,), leaf.parts):
+            read(self, state.name_of(rank)).copy_(part)
+
+
+def _caller(model: nn.Module) -> Callable[[dict[str, Any], Any, Any], Any]:
+    def call(states: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        # It puts what the model assigns to a buffer into `states`.
+        return torch.func.functional_call(model, states, args, kwargs)
+
+    return call
+
+
+def with_signature(
+    signature: inspect.Signature, function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """torch.export names inputs, and looks dynamic shapes up, by the signature of forward."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    return forward

@@ -1,0 +1,113 @@
+"""`lt.export`: exported programs of plain tensors, of all ranks together and of each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .._torch import export_flat
+from ..world.mode import maybe_disable_local_tensor_mode
+from .dynamic import RankShapes, of_all_ranks
+from .flat import FlatModel
+from .leaves import ExportError, common_ranks
+from .rank_model import RankModel, inputs_of, outputs_of
+
+
+class RankPrograms:
+    """The exported programs of a model on simulated ranks. Made by `export`.
+
+    Attributes:
+        ranks: the ranks.
+        all_ranks: one torch.export.ExportedProgram on the plain shards of all ranks. Where the
+            model takes or returns a LocalTensor or DTensor it has a tuple of shards, in the order
+            of `ranks`. A collective is one `localtensor::*` node, so that a process which loads the
+            program must import localtensor_compile.
+    """
+
+    def __init__(self, flat: FlatModel, ranks: tuple[int, ...], program: Any) -> None:
+        self.ranks = ranks
+        self.all_ranks = program
+        self._flat = flat
+        self._made: dict[int, Any] = {}
+
+    def __repr__(self) -> str:
+        return f"RankPrograms(ranks={list(self.ranks)})"
+
+    @functools.cached_property
+    def _inputs(self) -> Any:
+        return inputs_of(self.all_ranks, self._flat)
+
+    def rank(self, rank: int) -> Any:
+        """The torch.export.ExportedProgram of one rank, which a real process of it can run.
+
+        Its inputs, outputs, parameters and buffers are that rank's, with the structure and the
+        names that the model has; its collectives are torch's functional ones, on groups named by
+        their ranks (`ranks:0,1`): see `connect`.
+
+        Raises:
+            ExportError: no such rank.
+            ExtractError: an op that no single rank can run.
+        """
+        if rank not in self.ranks:
+            raise ExportError(f"there is no program of rank {rank}, only of {list(self.ranks)}.")
+        if rank not in self._made:
+            with maybe_disable_local_tensor_mode():
+                self._made[rank] = self._export_rank(rank)
+        return self._made[rank]
+
+    def _export_rank(self, rank: int) -> Any:
+        program, flat = self.all_ranks, self._flat
+        model = RankModel(
+            program.graph_module,
+            rank,
+            self.ranks,
+            self._inputs,
+            outputs_of(program, flat, self._inputs),
+            flat,
+            program.constants,
+        )
+        shapes = RankShapes(program.range_constraints)
+        parts = [leaf.of_rank(rank) for leaf in flat.leaves]
+        args, kwargs = pytree.tree_unflatten(parts, flat.in_spec)
+        dims = [shapes.of(model.values.get(i)) for i in range(len(parts))]
+        dim_args, dim_kwargs = pytree.tree_unflatten(dims, flat.in_spec)
+        named = dict(flat.signature.bind(*dim_args, **dim_kwargs).arguments)
+        return export_flat(model, args, kwargs, named)
+
+
+def export(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    strict: bool = False,
+) -> RankPrograms:
+    """Export a model on LocalTensors to plain programs, of all ranks together and of each.
+
+    Args:
+        model: its parameters and buffers, and what it is called with, may be LocalTensors, DTensors
+            of them, or plain tensors, which all ranks share. They are used as they are, not copied.
+        args, kwargs: example inputs.
+        dynamic_shapes: as for torch.export.export, for the model's own inputs. A dimension of
+            shards that differ becomes one of its own for each rank.
+        strict: whether Dynamo traces the model's Python code, as for torch.export.export.
+
+    Raises:
+        ExportError: nothing that ranks have a part of, or parts of different ranks.
+    """
+    if not isinstance(args, tuple):
+        raise ExportError(f"args is a {type(args).__name__}, but must be a tuple of the inputs.")
+    kwargs = dict(kwargs or {})
+    with maybe_disable_local_tensor_mode():
+        flat = FlatModel(model, args, kwargs)
+        shapes = of_all_ranks(model, args, kwargs, dynamic_shapes)
+    ranks = common_ranks(
+        [*flat.leaves, *(state.leaf for state in flat.states)], "the model and its inputs"
+    )
+    program = export_flat(flat, *flat.of_all, shapes)
+    return RankPrograms(flat, ranks, program)

@@ -1,0 +1,206 @@
+"""The extracted program of one rank as a module that torch.export can export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..compile.extract import extract_rank
+from ..compile.fx_graphs import leaves, placeholders
+from .dynamic import symbols_of
+from .flat import FlatModel, with_signature
+from .state import State, read, register
+
+
+@dataclass(frozen=True)
+class Input:
+    """A placeholder of the graph of all ranks.
+
+    Attributes:
+        kind: "state", "constant" or "user".
+        where: of a state its name in the model, of a constant its name in the exported program, of
+            the user's inputs its number among the leaves.
+        rank: whose it is; None for what all ranks have.
+    """
+
+    kind: str
+    where: Any
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output of the graph of all ranks: a leaf that is returned, or a new value of an input."""
+
+    rank: int | None
+    mutates: Input | None
+
+
+def inputs_of(program: Any, flat: FlatModel) -> list[Input]:
+    """What the placeholders of the exported program of `flat` are."""
+    of_states = {
+        state.name_of(rank): Input("state", state.name, rank)
+        for state in flat.states
+        for rank in state.leaf.ranks or (None,)
+    }
+    user = iter(_user_inputs(program, flat))
+    found = []
+    for spec in program.graph_signature.input_specs:
+        kind = spec.kind.name
+        if kind == "USER_INPUT":
+            found.append(next(user))
+        elif kind in ("PARAMETER", "BUFFER"):
+            found.append(of_states[spec.target])
+        else:
+            found.append(Input("constant", spec.target, None))
+    return found
+
+
+def _user_inputs(program: Any, flat: FlatModel) -> list[Input]:
+    labels = [
+        tuple(Input("user", i, rank) for rank in leaf.ranks)
+        if leaf.ranks
+        else Input("user", i, None)
+        for i, leaf in enumerate(flat.leaves)
+    ]
+    given = pytree.tree_unflatten(labels, flat.in_spec)
+    return program.call_spec.in_spec.flatten_up_to(given)
+
+
+def outputs_of(program: Any, flat: FlatModel, inputs: Sequence[Input]) -> list[Output]:
+    """What the outputs of the exported program of `flat` are."""
+    by_target = {
+        spec.target: known
+        for spec, known in zip(program.graph_signature.input_specs, inputs)
+        if spec.target is not None
+    }
+    by_name = {n.name: known for n, known in zip(placeholders(program.graph_module), inputs)}
+    returned = iter([rank for ranks in flat.out_ranks for rank in ranks or (None,)])
+    found = []
+    for spec in program.graph_signature.output_specs:
+        if spec.kind.name == "USER_OUTPUT":
+            found.append(Output(next(returned), None))
+        else:
+            mutated = (by_name if spec.kind.name == "USER_INPUT_MUTATION" else by_target)[
+                spec.target
+            ]
+            found.append(Output(mutated.rank, mutated))
+    return found
+
+
+class RankModel(nn.Module):
+    """One rank's program: its parameters and buffers, its inputs and outputs.
+
+    Args:
+        module: the graph of all ranks.
+        rank: whose program.
+        ranks: all ranks.
+        inputs, outputs: what the placeholders and outputs of `module` are.
+        flat: what was exported.
+        constants: tensors that the program holds.
+        checks: conditions on the sizes of the inputs under which the graph was traced.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        rank: int,
+        ranks: Sequence[int],
+        inputs: Sequence[Input],
+        outputs: Sequence[Output],
+        flat: FlatModel,
+        constants: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.rank = rank
+        extracted = extract_rank(
+            module,
+            rank,
+            ranks=ranks,
+            inputs=[known.rank for known in inputs],
+            outputs=[known.rank for known in outputs],
+        )
+        nodes = placeholders(module)
+        own = {n.name: known for n, known in zip(nodes, inputs) if known.rank in (rank, None)}
+        self.values = {
+            known.where: n.meta["val"]
+            for n, known in zip(nodes, inputs)
+            if known.kind == "user" and known.rank in (rank, None)
+        }
+        self._given = [own[n.name] for n in placeholders(extracted)]
+        self._outputs = [known for known in outputs if known.rank in (rank, None)]
+        self._in_spec, self._out_spec = flat.in_spec, flat.out_spec
+        self._guards = _guards(list(self.values.values()))
+        for state in flat.states:
+            self._register(state)
+        for known in self._given:
+            if known.kind == "constant":
+                setattr(self, known.where, constants[known.where])
+        object.__setattr__(self, "_graph", extracted)
+        object.__setattr__(self, "forward", with_signature(flat.signature, self._run))
+
+    def _register(self, state: State) -> None:
+        if not state.leaf.ranks or self.rank in state.leaf.ranks:
+            register(self, state.name, state.leaf.of_rank(self.rank), state)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        user = self._in_spec.flatten_up_to((args, kwargs))
+        for condition in self._guards:
+            torch._check(condition(user))
+        given = [
+            user[known.where] if known.kind == "user" else read(self, known.where)
+            for known in self._given
+        ]
+        results = list(leaves(fx.Interpreter(self._graph).run(*given)))
+        returned = []
+        for known, value in zip(self._outputs, results):
+            if known.mutates is None:
+                returned.append(value)
+            elif known.mutates.kind == "user":
+                user[known.mutates.where].copy_(value)
+            else:
+                read(self, known.mutates.where).copy_(value)
+        return pytree.tree_unflatten(returned, self._out_spec)
+
+
+def _guards(values: Sequence[Any]) -> list[Callable[[Sequence[Any]], Any]]:
+    """What was decided about the sizes of these inputs alone while the graph was traced."""
+    import sympy
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+    symbols = symbols_of(values)
+    env = next(
+        (
+            s.node.shape_env
+            for v in values
+            if isinstance(v, Tensor)
+            for s in v.shape
+            if isinstance(s, torch.SymInt)
+        ),
+        None,
+    )
+    if env is None:
+        return []
+
+    def condition(expression: Any) -> Callable[[Sequence[Any]], Any]:
+        def holds(user: Sequence[Any]) -> Any:
+            sizes = {s: user[i].shape[d] for s, (i, d) in symbols.items()}
+            return sympy_interp(PythonReferenceAnalysis, sizes, expression)
+
+        return holds
+
+    found = {env.simplify(guard.expr) for guard in env.guards}
+    return [
+        condition(expression)
+        for expression in sorted(found, key=str)
+        if expression.free_symbols
+        and expression.free_symbols <= set(symbols)
+        and not isinstance(expression, sympy.logic.boolalg.BooleanAtom)
+    ]

@@ -1,0 +1,94 @@
+"""Parameters and buffers of all ranks as modules of plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .leaves import Leaf, take_apart
+
+
+@dataclass(frozen=True)
+class State:
+    """A parameter or buffer of a model.
+
+    Attributes:
+        name: where it is in the model.
+        leaf: its parts.
+        parameter: whether it is a parameter.
+        requires_grad: of a parameter.
+        persistent: whether it is part of the state dict.
+    """
+
+    name: str
+    leaf: Leaf
+    parameter: bool
+    requires_grad: bool
+    persistent: bool
+
+    def name_of(self, rank: int | None) -> str:
+        """Its name in the program of all ranks: `weight.rank0` of `weight`."""
+        return self.name if rank is None else f"{self.name}.rank{rank}"
+
+
+def states_of(model: nn.Module) -> list[State]:
+    """All parameters and buffers, tied ones once."""
+    transient = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    found = [
+        State(
+            name, take_apart(p.data if type(p) is nn.Parameter else p), True, p.requires_grad, True
+        )
+        for name, p in model.named_parameters()
+    ]
+    for name, buffer in model.named_buffers():
+        found.append(State(name, take_apart(buffer), False, False, name not in transient))
+    return found
+
+
+def tensors_of(state: State) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of each part, as the program of all ranks holds it."""
+    for rank, part in zip(state.leaf.ranks or (None,), state.leaf.parts):
+        yield state.name_of(rank), part
+
+
+def register(root: nn.Module, name: str, tensor: Tensor, like: State) -> None:
+    """Put `tensor` at `name` of `root`, as a parameter or buffer as `like` is."""
+    owner, attribute = _owner(root, name)
+    tensor = _with_own_memory(tensor.detach())
+    if like.parameter:
+        owner.register_parameter(attribute, nn.Parameter(tensor, like.requires_grad))
+    else:
+        owner.register_buffer(attribute, tensor, like.persistent)
+
+
+def _with_own_memory(tensor: Tensor) -> Tensor:
+    """`tensor`, copied where it is part of something larger: that would be saved with it."""
+    memory = tensor.numel() * tensor.element_size()
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == memory
+    return tensor if whole and memory else tensor.clone()
+
+
+def read(root: nn.Module, name: str) -> Any:
+    """What is at `name` of `root`."""
+    value: Any = root
+    for attribute in name.split("."):
+        value = getattr(value, attribute)
+    return value
+
+
+def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has the last part of `name`; modules on the way are made."""
+    *path, attribute = name.split(".")
+    module = root
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module._modules[part]  # type: ignore[assignment]
+    return module, attribute
