@@ -175,7 +175,7 @@ class _Extraction:
         """Whether a node is a size of another rank's tensor, which equals one of this rank's."""
         if node.target not in _SIZES:
             return False
-        owner = self.owners[node.args[0]]  # type: ignore[index]
+        owner = self.owners[node.args[0]]
         return bool(owner) and self.rank not in owner
 
     def _same_size(self, node: fx.Node) -> tuple[fx.Node, int]:

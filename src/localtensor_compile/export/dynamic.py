@@ -30,8 +30,12 @@ def of_all_ranks(
     named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     if not isinstance(dynamic_shapes, Mapping):
         dynamic_shapes = dict(zip(named, dynamic_shapes))
-    uneven = set()
-    _each(named, dynamic_shapes, lambda leaf, spec: uneven.update(_uneven(leaf, spec)) or spec)
+    uneven: set[str] = set()
+
+    def note(leaf: Leaf, spec: Any) -> None:
+        uneven.update(_uneven(leaf, spec))
+
+    _each(named, dynamic_shapes, note)
     dims: dict[tuple[str, int], Any] = {}
     return _each(named, dynamic_shapes, lambda leaf, spec: _expanded(leaf, spec, uneven, dims))
 

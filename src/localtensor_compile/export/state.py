@@ -90,5 +90,5 @@ def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
     for part in path:
         if part not in module._modules:
             module.add_module(part, nn.Module())
-        module = module._modules[part]  # type: ignore[assignment]
+        module = module._modules[part]
     return module, attribute
