@@ -22,7 +22,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from .._torch import exported_program, value_ranges
-from ..compile.fx_graphs import leaves, output_node, placeholders
+from ..compile.fx_graphs import leaves, output_node, placeholders, spell_out_keywords
 from .portable import PortableProgram
 
 
@@ -36,6 +36,7 @@ def exported(program: PortableProgram) -> ExportedProgram:
         root.add_module(name, module)
     graph = program.graph
     holder = fx.GraphModule(root, graph)
+    spell_out_keywords(holder)
     inputs = [
         InputSpec(
             InputKind.CONSTANT_TENSOR if n.name in program.constants else InputKind.USER_INPUT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from keyword import iskeyword
 from typing import Any
 
 import torch.fx as fx
@@ -27,3 +28,19 @@ def leaves(value: Any) -> Iterator[Any]:
         yield from leaves(list(value.values()))
     else:
         yield value
+
+
+def spell_out_keywords(module: fx.GraphModule) -> None:
+    """Write down what calls leave out that is named like a Python keyword, as `from` of uniform.
+
+    torch.export.load looks such arguments up among those that were given (torch 2.13,
+    torch/_export/serde/serialize.py, deserialize_inputs).
+    """
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            schema = getattr(node.target, "_schema", None)
+            arguments = [] if schema is None else [a for a in schema.arguments if not a.kwarg_only]
+            last = max((i for i, a in enumerate(arguments) if iskeyword(a.name)), default=-1)
+            if len(node.args) <= last:
+                left_out = arguments[len(node.args) : last + 1]
+                node.args = (*node.args, *(a.default_value for a in left_out))

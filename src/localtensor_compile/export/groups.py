@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -40,28 +41,30 @@ def connect(program: Any) -> Any:
             not in.
     """
     groups = groups_in(getattr(program, "graph_module", program))
-    if not groups:
-        return program
     if not dist.is_initialized():
+        if not groups:
+            return program
         raise WorldError(
             f"the program has collectives of ranks {', '.join(str(list(g)) for g in groups)}, but "
             "there is no process group. Call torch.distributed.init_process_group() first."
         )
     rank, size = dist.get_rank(), dist.get_world_size()
-    # In the same order on every rank, which makes only the groups that it is in itself.
     for ranks in groups:
         if rank not in ranks or ranks[-1] >= size:
             raise WorldError(
                 f"the program has a collective of ranks {list(ranks)}, but this is rank {rank} of "
-                f"{size}. Run the program of rank r on rank r, "
-                "with as many ranks as were simulated."
+                f"{size}. Run the program of rank r on rank r, with as many ranks as were "
+                "simulated."
             )
-        name = group_name(ranks)
-        if process_group_named(name) is not None:
-            continue
-        if ranks == tuple(range(size)):
-            group = dist.group.WORLD
-        else:
-            group = dist.new_group(list(ranks), use_local_synchronization=True)
-        register_process_group(name, group)
+    for ranks in _of_all_ranks(groups):
+        group = dist.group.WORLD if ranks == tuple(range(size)) else dist.new_group(list(ranks))
+        if rank in ranks and process_group_named(group_name(ranks)) is None:
+            register_process_group(group_name(ranks), group)
     return program
+
+
+def _of_all_ranks(groups: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The groups of all ranks' programs: every rank has to make every group, in the same order."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, list(groups))
+    return sorted({tuple(ranks) for of_rank in found for ranks in of_rank})

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .._torch import export_flat
+from ..compile.fx_graphs import spell_out_keywords
 from ..world.mode import maybe_disable_local_tensor_mode
 from .dynamic import RankShapes, of_all_ranks
 from .flat import FlatModel
@@ -56,7 +57,7 @@ class RankPrograms:
             raise ExportError(f"there is no program of rank {rank}, only of {list(self.ranks)}.")
         if rank not in self._made:
             with maybe_disable_local_tensor_mode():
-                self._made[rank] = self._export_rank(rank)
+                self._made[rank] = _saveable(self._export_rank(rank))
         return self._made[rank]
 
     def _export_rank(self, rank: int) -> Any:
@@ -91,7 +92,8 @@ def export(
 
     Args:
         model: its parameters and buffers, and what it is called with, may be LocalTensors, DTensors
-            of them, or plain tensors, which all ranks share. They are used as they are, not copied.
+            of them, or plain tensors, which all ranks share. The programs share the parameters'
+            memory; buffers, which programs may write to, are copied for each.
         args, kwargs: example inputs.
         dynamic_shapes: as for torch.export.export, for the model's own inputs. A dimension of
             shards that differ becomes one of its own for each rank.
@@ -110,4 +112,9 @@ def export(
         [*flat.leaves, *(state.leaf for state in flat.states)], "the model and its inputs"
     )
     program = export_flat(flat, *flat.of_all, shapes)
-    return RankPrograms(flat, ranks, program)
+    return RankPrograms(flat, ranks, _saveable(program))
+
+
+def _saveable(program: Any) -> Any:
+    spell_out_keywords(program.graph_module)
+    return program

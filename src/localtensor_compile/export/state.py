@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,8 +48,13 @@ def states_of(model: nn.Module) -> list[State]:
         for name, p in model.named_parameters()
     ]
     for name, buffer in model.named_buffers():
-        found.append(State(name, take_apart(buffer), False, False, name not in transient))
+        found.append(State(name, _copied(take_apart(buffer)), False, False, name not in transient))
     return found
+
+
+def _copied(leaf: Leaf) -> Leaf:
+    """As it is now: the model may go on."""
+    return replace(leaf, parts=tuple(part.detach().clone() for part in leaf.parts))
 
 
 def tensors_of(state: State) -> Iterator[tuple[str, Tensor]]:
@@ -65,7 +70,7 @@ def register(root: nn.Module, name: str, tensor: Tensor, like: State) -> None:
     if like.parameter:
         owner.register_parameter(attribute, nn.Parameter(tensor, like.requires_grad))
     else:
-        owner.register_buffer(attribute, tensor, like.persistent)
+        owner.register_buffer(attribute, tensor.clone(), like.persistent)
 
 
 def _with_own_memory(tensor: Tensor) -> Tensor:
