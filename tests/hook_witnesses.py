@@ -25,7 +25,14 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, _collective_utils, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Replicate,
+    Shard,
+    _collective_utils,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -556,6 +563,15 @@ def offsets_of_cuda_generators() -> None:
     # rank r holds shard r, of 4 x 6 values; of 16 bytes the last 8 are the offset
     first, *others = [int(t[8:].view(torch.int64)) for t in state._local_tensors.values()]
     assert [offset - first for offset in others] == [24, 48, 72]
+
+
+@needs("torch.export._trace._export")
+def exported_program() -> None:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    linear = distribute_module(nn.Linear(2, 2), mesh)
+    x = distribute_tensor(torch.ones(6, 2), mesh, [Shard(0)])
+    module = torch.export.export(linear, (x,)).module()
+    assert module(x).placements == (Shard(0),)
 
 
 @needs("Replicate._make_replicate_tensor")

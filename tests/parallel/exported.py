@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from typing import Any
 
 import torch
@@ -172,7 +173,7 @@ MODELS: dict[str, Any] = {
     "reduce scatter": _function(scattered, even_rows),
     "made inside": _function(made_inside, uneven_rows),
     "noisy": _function(noisy, uneven_rows),
-    "cond": _function(branching, uneven_rows),
+    "cond": _function(branching, even_rows),
     "DTensors": dtensors,
 }
 
@@ -196,3 +197,24 @@ def run_saved(programs: dict[int, bytes], inputs: dict[int, Any], calls: int) ->
     module = program.module()
     results = [seeded(module, *inputs[rank]) for _ in range(calls)]
     return results, {name: value.detach() for name, value in module.state_dict().items()}
+
+
+def run_compiled(programs: dict[int, bytes], inputs: dict[int, Any]) -> Any:
+    """On a real rank: its program, compiled ahead of time by Inductor and loaded."""
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    rank = dist.get_rank()
+    program = lt.connect(torch.export.load(io.BytesIO(programs[rank])))
+    with tempfile.TemporaryDirectory() as directory:
+        package = aoti_compile_and_package(program, package_path=f"{directory}/rank{rank}.pt2")
+        with torch.no_grad():
+            return aoti_load_package(package)(*inputs[rank])
+
+
+def connect_error(program: bytes) -> str:
+    """On a real rank: why the program is not its own."""
+    try:
+        lt.connect(torch.export.load(io.BytesIO(program)))
+    except lt.WorldError as error:
+        return str(error)
+    return ""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .leaves import ExportError, take_apart, take_tree_apart
+from .leaves import ExportError, Leaf, take_apart, take_tree_apart
 from .state import State, read, register, states_of, tensors_of
 
 
@@ -28,9 +28,12 @@ class FlatModel(nn.Module):
 
     Attributes:
         states: the parameters and buffers.
-        out_ranks: after tracing, for each leaf of the output that the model returns its ranks.
+        in_names: for each leaf of the inputs what the model calls it.
+        out_leaves: after tracing, the leaves of the output; `out_ranks` of each its ranks.
         out_spec: the structure of that output.
     """
+
+    _exports_plain_tensors = True
 
     def __init__(
         self,
@@ -45,9 +48,10 @@ class FlatModel(nn.Module):
             for name, tensor in tensors_of(state):
                 register(self, name, tensor, state)
         self.leaves, self.in_spec = take_tree_apart((args, dict(kwargs)))
-        self.out_ranks: list[tuple[int, ...]] = []
+        self.out_leaves: list[Leaf] = []
         self.out_spec: Any = None
         self.signature = inspect.signature(model.forward)
+        self.in_names = _names(self.signature, args, kwargs)
         # Not as a submodule, whose LocalTensors torch.export would take for parameters.
         object.__setattr__(self, "_call", call or _caller(model))
         object.__setattr__(self, "forward", with_signature(self.signature, self._run))
@@ -66,9 +70,12 @@ class FlatModel(nn.Module):
         for state in self.states:
             if states[state.name] is not before[state.name]:
                 self._write(state, states[state.name])
-        leaves, self.out_spec = take_tree_apart(result)
-        self.out_ranks = [leaf.ranks for leaf in leaves]
-        return pytree.tree_unflatten([leaf.of_all for leaf in leaves], self.out_spec)
+        self.out_leaves, self.out_spec = take_tree_apart(result)
+        return pytree.tree_unflatten([leaf.of_all for leaf in self.out_leaves], self.out_spec)
+
+    @property
+    def out_ranks(self) -> list[tuple[int, ...]]:
+        return [leaf.ranks for leaf in self.out_leaves]
 
     def _split(self, given: Any) -> list[Any]:
         return list(self.in_spec.flatten_up_to(given))
@@ -109,3 +116,25 @@ def with_signature(
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
+
+
+def _names(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[str]:
+    """`x`, `others[0]`, ...: the leaves of (args, kwargs) by the names of the parameters."""
+    positional = list(signature.bind_partial(*args).arguments.items())
+    named: dict[str, Any] = {}
+    for name, value in positional:
+        if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+            named.update({f"{name}[{i}]": v for i, v in enumerate(value)})
+        else:
+            named[name] = value
+    named.update(kwargs)
+    paths, _ = pytree.tree_flatten_with_path(list(named.values()))
+    names = list(named)
+    return [names[path[0].idx] + pytree.keystr(path[1:]) for path, _ in paths]
+
+
+def is_plain_model(model: nn.Module) -> bool:
+    """Whether torch.export can trace it as it is: what exports a model of all ranks is plain."""
+    return getattr(model, "_exports_plain_tensors", False)

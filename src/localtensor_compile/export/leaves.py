@@ -6,7 +6,8 @@ model sees the LocalTensors, DTensors and per-rank numbers that they are parts o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from .._torch import AsyncCollectiveTensor
+from .._torch import AsyncCollectiveTensor, mesh_rank_grids
 from ..errors import LocalTensorError
 from ..values.int_node import make_int
 from ..values.rank_node import is_ranked
@@ -91,7 +92,8 @@ def _spec_of(spec: Any, local: Any) -> Any:
     sizes = list(spec.tensor_meta.shape)
     for dim in range(len(sizes)):
         of_ranks = {r: t.shape[dim] for r, t in local._local_tensors.items()}
-        if any(isinstance(s, torch.SymInt) for s in of_ranks.values()):
+        # Symbols: sizes of a program that is traced, or that was, of which `spec` is the output.
+        if any(isinstance(s, torch.SymInt) for s in (*of_ranks.values(), sizes[dim])):
             sizes[dim] = _global_size(spec, dim, of_ranks)
     if all(a is b for a, b in zip(sizes, spec.tensor_meta.shape)):
         return spec
@@ -111,12 +113,12 @@ def _global_size(spec: Any, dim: int, of_ranks: dict[int, Any]) -> Any:
     cutting = [i for i, p in enumerate(spec.placements) if p.is_shard(dim)]
     if not cutting:
         return next(iter(of_ranks.values()))
-    ranks = spec.mesh.mesh
-    if isinstance(ranks, LocalTensor):
-        ranks = ranks._local_tensors[min(ranks._local_tensors)]
-    with torch._C.DisableTorchFunction():
-        index = tuple(slice(None) if i in cutting else 0 for i in range(ranks.ndim))
-        of_group = [int(r) for r in ranks[index].flatten().tolist()]
+    shape, (grid, *_) = mesh_rank_grids(spec.mesh)
+    of_group = [
+        rank
+        for rank, place in zip(grid, itertools.product(*map(range, shape)))
+        if not any(c for d, c in enumerate(place) if d not in cutting)
+    ]
     first = of_ranks[of_group[0]]
     if all(of_ranks[r] is first or bool(of_ranks[r] == first) for r in of_group):
         return first * len(of_group)
@@ -140,13 +142,15 @@ def take_tree_apart(tree: Any) -> tuple[list[Leaf], pytree.TreeSpec]:
     return [take_apart(v) for v in values], spec
 
 
-def common_ranks(leaves: Sequence[Leaf], what: str) -> tuple[int, ...]:
-    """The ranks of all leaves that are not shared.
+def common_ranks(leaves: Sequence[Leaf], what: str, default: Iterable[int] = ()) -> tuple[int, ...]:
+    """The ranks of all leaves that are not shared, or `default` where all are.
 
     Raises:
         ExportError: they differ, or there are none.
     """
     found = {leaf.ranks: leaf for leaf in leaves if leaf.ranks}
+    if not found and tuple(default):
+        return tuple(sorted(default))
     if not found:
         raise ExportError(
             f"{what} hold nothing that ranks have a part of: no LocalTensor, no DTensor of "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,10 +12,13 @@ from torch.utils import _pytree as pytree
 from .._torch import export_flat
 from ..compile.fx_graphs import spell_out_keywords
 from ..world.mode import maybe_disable_local_tensor_mode
+from ..world.state import enabled_local_tensor_mode
 from .dynamic import RankShapes, of_all_ranks
 from .flat import FlatModel
 from .leaves import ExportError, common_ranks
 from .rank_model import RankModel, inputs_of, outputs_of
+from .ranked import RankedProgram, ranked
+from .strict import require_traceable
 
 
 class RankPrograms:
@@ -57,7 +60,7 @@ class RankPrograms:
             raise ExportError(f"there is no program of rank {rank}, only of {list(self.ranks)}.")
         if rank not in self._made:
             with maybe_disable_local_tensor_mode():
-                self._made[rank] = _saveable(self._export_rank(rank))
+                self._made[rank] = self._export_rank(rank)
         return self._made[rank]
 
     def _export_rank(self, rank: int) -> Any:
@@ -77,7 +80,9 @@ class RankPrograms:
         dims = [shapes.of(model.values.get(i)) for i in range(len(parts))]
         dim_args, dim_kwargs = pytree.tree_unflatten(dims, flat.in_spec)
         named = dict(flat.signature.bind(*dim_args, **dim_kwargs).arguments)
-        return export_flat(model, args, kwargs, named)
+        made = export_flat(model, args, kwargs, named)
+        spell_out_keywords(made.graph_module)
+        return made
 
 
 def export(
@@ -97,24 +102,65 @@ def export(
         args, kwargs: example inputs.
         dynamic_shapes: as for torch.export.export, for the model's own inputs. A dimension of
             shards that differ becomes one of its own for each rank.
-        strict: whether Dynamo traces the model's Python code, as for torch.export.export.
+        strict: whether Dynamo must be able to trace the model's Python code, as for
+            torch.export.export.
 
     Raises:
         ExportError: nothing that ranks have a part of, or parts of different ranks.
     """
+    return RankPrograms(*_exported(model, args, kwargs, dynamic_shapes, strict))
+
+
+def export_ranked(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    strict: bool = False,
+    preserve_module_call_signature: Sequence[str] = (),
+) -> RankedProgram:
+    """torch.export.export inside a mode; arguments and errors as of `export`."""
+    if preserve_module_call_signature:
+        raise ExportError(
+            "preserve_module_call_signature is not supported inside LocalTensorMode: the program "
+            "of all ranks has no submodules. Leave it out."
+        )
+    flat, _, program = _exported(model, args, kwargs, dynamic_shapes, strict)
+    return ranked(program, flat)
+
+
+def _exported(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    dynamic_shapes: Any,
+    strict: bool,
+) -> tuple[FlatModel, tuple[int, ...], Any]:
     if not isinstance(args, tuple):
         raise ExportError(f"args is a {type(args).__name__}, but must be a tuple of the inputs.")
     kwargs = dict(kwargs or {})
+    from torch._dynamo.exc import InternalTorchDynamoError
+
+    if strict:
+        require_traceable(model, args, kwargs, dynamic_shapes)
     with maybe_disable_local_tensor_mode():
         flat = FlatModel(model, args, kwargs)
         shapes = of_all_ranks(model, args, kwargs, dynamic_shapes)
-    ranks = common_ranks(
-        [*flat.leaves, *(state.leaf for state in flat.states)], "the model and its inputs"
-    )
-    program = export_flat(flat, *flat.of_all, shapes)
-    return RankPrograms(flat, ranks, _saveable(program))
-
-
-def _saveable(program: Any) -> Any:
+    mode = enabled_local_tensor_mode()
+    of = [*flat.leaves, *(state.leaf for state in flat.states)]
+    ranks = common_ranks(of, "the model and its inputs", mode.ranks if mode else ())
+    try:
+        program = export_flat(flat, *flat.of_all, shapes)
+    except InternalTorchDynamoError as error:
+        raise ExportError(
+            "the model cannot be traced for all ranks together: torch.cond on shards of different "
+            f"sizes, or what else Dynamo has to trace for torch.export ({_first_line(error)}). Use "
+            "torch.where, or shards of one size."
+        ) from error
     spell_out_keywords(program.graph_module)
-    return program
+    return flat, ranks, program
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

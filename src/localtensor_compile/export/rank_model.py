@@ -107,6 +107,8 @@ class RankModel(nn.Module):
         checks: conditions on the sizes of the inputs under which the graph was traced.
     """
 
+    _exports_plain_tensors = True
+
     def __init__(
         self,
         module: fx.GraphModule,

@@ -37,6 +37,7 @@ def all_replacements() -> Iterator[Replacement]:
         ddp,
         distributed,
         dtensor,
+        export,
         factories,
         fsdp,
         random,
@@ -52,6 +53,7 @@ def all_replacements() -> Iterator[Replacement]:
         fsdp,
         ddp,
         checkpoint,
+        export,
         random,
         factories,
     ):
