@@ -25,14 +25,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import (
-    DTensor,
-    Replicate,
-    Shard,
-    _collective_utils,
-    distribute_module,
-    distribute_tensor,
-)
+from torch.distributed.tensor import DTensor, Replicate, Shard, _collective_utils, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -567,11 +560,9 @@ def offsets_of_cuda_generators() -> None:
 
 @needs("torch.export._trace._export")
 def exported_program() -> None:
-    mesh = init_device_mesh("cpu", (WORLD,))
-    linear = distribute_module(nn.Linear(2, 2), mesh)
-    x = distribute_tensor(torch.ones(6, 2), mesh, [Shard(0)])
-    module = torch.export.export(linear, (x,)).module()
-    assert module(x).placements == (Shard(0),)
+    x = rank_map(lambda r: torch.ones(r + 2, 3))
+    program = torch.export.export(nn.Softmax(1), (x,)).run_decompositions()
+    assert [t.shape[0] for t in program.module()(x)._local_tensors.values()] == [2, 3, 4, 5]
 
 
 @needs("Replicate._make_replicate_tensor")
