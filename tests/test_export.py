@@ -21,10 +21,6 @@ from tests.parallel import exported
 from tests.parallel.exported import MODELS, run_saved, saved, seeded
 from tests.parallel.harness import draw
 
-pytestmark = [
-    # torch's own, in copies of exported programs
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning"),
-]
 CALLS = 2
 
 
