@@ -10,6 +10,9 @@ from typing import Any
 import torch.fx as fx
 
 from ..compile.extract import group_ranks
+from ..draw.dot import dot
+from ..draw.layout import drawing
+from ..draw.svg import svg
 from ..errors import LocalTensorError
 from ..golden.fold import Family, Folded, GroupNames, Line, fold
 from ..golden.listing import COLLECTIVE, Step, listing
@@ -183,6 +186,18 @@ class CapturedGraphs:
 
     def __str__(self) -> str:
         return write(self.document)
+
+    def to_svg(self, *, rank: int | None = None) -> str:
+        """A drawing as SVG: ranks as lanes, collectives as bars across the lanes of their groups.
+
+        Args:
+            rank: only what this rank runs.
+        """
+        return svg(drawing(self.document, rank))
+
+    def to_dot(self, *, rank: int | None = None) -> str:
+        """The same for GraphViz."""
+        return dot(drawing(self.document, rank))
 
     @property
     def collectives(self) -> list[Collective]:

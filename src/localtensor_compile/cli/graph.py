@@ -56,6 +56,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--collectives", action="store_true", help="print a table of the collectives instead"
     )
+    parser.add_argument("--svg", metavar="FILE", help="draw: ranks as lanes, collectives as bars")
+    parser.add_argument("--dot", metavar="FILE", help="the same for GraphViz")
     parser.add_argument(
         "--save-bundle",
         metavar="DIR",
@@ -73,10 +75,12 @@ def _run(arguments: argparse.Namespace) -> int:
             return _diff(graphs, arguments)
         if arguments.save_bundle is not None:
             print(f"wrote {save_bundle(graphs, arguments.save_bundle)}")
-            return 0
-    except (ProgramError, CaptureError, ExtractError, GoldenError, BundleError) as error:
+        drawn = _draw(graphs, arguments)
+    except (ProgramError, CaptureError, ExtractError, GoldenError, BundleError, OSError) as error:
         print(f"localtensor graph: {error}", file=sys.stderr)
         return 2
+    if drawn or arguments.save_bundle is not None:
+        return 0
     if arguments.collectives:
         print("\n".join(collectives_table(graphs)))
     elif arguments.rank is None:
@@ -86,6 +90,15 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         print(_of_rank(str(graphs), arguments.rank), end="")
     return 0
+
+
+def _draw(graphs: CapturedGraphs, arguments: argparse.Namespace) -> bool:
+    """Whether there was something to draw."""
+    for file, draw in ((arguments.svg, graphs.to_svg), (arguments.dot, graphs.to_dot)):
+        if file is not None:
+            Path(file).write_text(draw(rank=arguments.rank))
+            print(f"wrote {file}")
+    return arguments.svg is not None or arguments.dot is not None
 
 
 def _capture(program: str, arguments: argparse.Namespace) -> CapturedGraphs:

@@ -1,0 +1,1 @@
+"""Drawings of captured graphs: what is drawn (layout.py), as SVG and for GraphViz."""
