@@ -8,6 +8,7 @@ import localtensor_compile as lt
 from tests.parallel import (
     context_parallel,
     data_parallel,
+    dynamic_rows,
     expert_parallel,
     fsdp,
     tensor_parallel,
@@ -27,6 +28,9 @@ ZOO = {
     "dp_and_tp": (tensor_parallel.data_and_tensor, 4, {"dp": 2}),
     "moe_all_to_all": (expert_parallel.mixture_of_experts, 2, {"local_experts": 1}),
     "ring_attention": (context_parallel.attention, 2, {"form": "ring", "causal": True}),
+    "dynamic_tp_mlp": (dynamic_rows.mlp, 3, {"hidden": 7}),
+    "dynamic_rows": (dynamic_rows.uneven, 3, {}),
+    "dynamic_resharding": (dynamic_rows.resharded, 3, {}),
     "gathered_attention": (context_parallel.attention, 3, {"form": "all-gather", "causal": False}),
 }
 

@@ -17,6 +17,9 @@ import torch.fx as fx
 _RANK = re.compile(r"_local_tensor_(\d+)")
 _PART = re.compile(r"\[\s*['\"]?([^'\"\[\]]+)['\"]?\s*\]|\.(\w+)")
 _HIDDEN = {"_modules", "_parameters", "_buffers", "self", "L", "G"}
+_SIZE = re.compile(r"(.*)\.(size|stride)\(\)\[(\d+)\]")
+# Descriptors of the sizes that a tensor has as a whole.
+_NUMBERS = {"SubclassSizeAOTInput": "size", "SubclassStrideAOTInput": "stride"}
 SAVED = "saved"
 # The rank of outputs that only put LocalTensors together again.
 NOBODY = -1
@@ -61,6 +64,9 @@ def _source_text(source: Any) -> str:
 
 
 def _of_source(text: str) -> tuple[str, str]:
+    size = _SIZE.fullmatch(text)
+    if size:
+        return "input", f"{_of_source(size[1])[1]}.{size[2]}({size[3]})"
     kind = "parameter" if "_parameters" in text else "buffer" if "_buffers" in text else "input"
     parts = [a or b for a, b in _PART.findall(text)]
     kept = [p for p in parts if p not in _HIDDEN]
@@ -77,7 +83,8 @@ def input_of(node: fx.Node, names: Sequence[tuple[str, str]]) -> Known:
     if kind == "TangentAOTInput":
         return Known("tangent", _tangent(_output_label(base.output, names)), rank)
     kind, label = _input_label(base, names)
-    return Known(kind, label, rank)
+    size = _NUMBERS.get(type(desc).__name__)
+    return Known("input", f"{label}.{size}({desc.idx})", rank) if size else Known(kind, label, rank)
 
 
 def _tangent(output: str) -> str:
