@@ -184,6 +184,14 @@ def test_text_is_the_same_after_other_compilations():
     assert str(lt.capture(programs.mlp, 2)) == before
 
 
+@pytest.mark.parametrize("name", ["mlp", "uneven"])
+def test_text_is_the_same_inside_a_mode(name):
+    program = getattr(programs, name)
+    before = str(lt.capture(program, 3))
+    with lt.LocalTensorMode(3):
+        assert str(lt.capture(program, 3)) == before
+
+
 # ---------------------------------------------------------------- typed access
 @pytest.fixture(scope="module")
 def graphs():

@@ -1,6 +1,9 @@
 """Golden graphs of small programs of every parallelism, in graphs/zoo."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -39,3 +42,16 @@ ZOO = {
 def test_golden(name, golden):
     program, world_size, arguments = ZOO[name]
     golden(lt.capture(functools.partial(program, **arguments), world_size), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_goldens_in_a_fresh_process(seed):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", f"{__file__}::test_golden"],
+        env={**os.environ, "PYTHONHASHSEED": str(seed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and f"{len(ZOO)} passed" in done.stdout, done.stdout
