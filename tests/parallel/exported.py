@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import localtensor_compile as lt
+from localtensor_compile.check.program import World
 from tests.parallel.harness import draw, fill
 
 
@@ -178,10 +180,10 @@ MODELS: dict[str, Any] = {
 }
 
 
-def seeded(model: Any, *args: Any) -> Any:
+def seeded(model: Any, *args: Any, **kwargs: Any) -> Any:
     torch.manual_seed(5)
     with torch.no_grad():
-        return model(*args)
+        return model(*args, **kwargs)
 
 
 def saved(program: Any) -> bytes:
@@ -218,3 +220,72 @@ def connect_error(program: bytes) -> str:
     except lt.WorldError as error:
         return str(error)
     return ""
+
+
+@dataclass
+class Exported:
+    """What a program compiled, exported when it was first called.
+
+    Attributes:
+        ranks: rank -> its saved program.
+        all_ranks: the saved program of all.
+        given: (args, kwargs).
+        returned: by the model itself.
+    """
+
+    ranks: dict[int, bytes]
+    all_ranks: bytes
+    given: Any
+    returned: Any
+
+
+class ExportingWorld(World):
+    """Exports instead of compiling."""
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__(world_size, "cpu", None)
+        self.exported: list[Exported] = []
+
+    def compile(self, target: Any, **options: Any) -> Any:
+        return Exporting(self, target)
+
+
+class Exporting(nn.Module):
+    def __init__(self, world: ExportingWorld, target: Any) -> None:
+        super().__init__()
+        self.target, self.world, self.seen = target, world, False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.seen:
+            self.seen = True
+            is_module = isinstance(self.target, nn.Module)
+            model = self.target if is_module else AnyFunction(self.target)
+            with torch._dynamo.config.patch(capture_scalar_outputs=True):
+                programs = lt.export(model, args, kwargs)
+            ranks = {rank: saved(programs.rank(rank)) for rank in programs.ranks}
+            returned = seeded(model, *args, **kwargs)
+            found = Exported(ranks, saved(programs.all_ranks), (args, kwargs), returned)
+            self.world.exported.append(found)
+        return self.target(*args, **kwargs)
+
+
+class AnyFunction(nn.Module):
+    """A function of any arguments as a module."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def run_each_saved(programs: list[dict[int, bytes]], inputs: list[dict[int, Any]]) -> list[Any]:
+    """On a real rank: what its programs return."""
+    rank = dist.get_rank()
+    found = []
+    for files, given in zip(programs, inputs):
+        module = lt.connect(torch.export.load(io.BytesIO(files[rank]))).module()
+        args, kwargs = given[rank]
+        found.append(seeded(module, *args, **kwargs))
+    return found

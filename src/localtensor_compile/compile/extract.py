@@ -31,7 +31,6 @@ from .owners import (
     rank_of_result,
     results_per_rank,
     shard_ranks,
-    symbol_holders,
 )
 
 _GROUP = "ranks:"
@@ -96,7 +95,6 @@ class _Extraction:
     ) -> None:
         self.module, self.rank, self.ranks = module, rank, list(ranks)
         self.owners = owners(module, inputs, ranks=ranks)
-        self.holders = symbol_holders(module, inputs)
         self.outputs = [
             value
             for value, of in zip(leaves(output_node(module).args[0]), outputs)
@@ -141,13 +139,27 @@ class _Extraction:
 
     # ---- what the rank needs
     def _needed(self) -> set[fx.Node]:
-        found: set[fx.Node] = set()
-        left = [v for v in self.outputs if isinstance(v, fx.Node) and not _is_object(v)]
+        start = [v for v in self.outputs if isinstance(v, fx.Node) and not _is_object(v)]
+        assertions = []
         for node in self.module.graph.nodes:
             if is_for_all(node):
-                left += [node] if self._takes_part(node) else []
+                start += [node] if self._takes_part(node) else []
             elif node.op == "call_function" and node.is_impure():
-                left += [node] if self._concerns(node) else []
+                assertions += [node] if self.owners[node] in ({self.rank}, SHARED) else []
+        found: set[fx.Node] = set()
+        self._collect(start, found)
+        for node in assertions:
+            known = set(found)
+            try:
+                self._collect([node], known)
+            except ExtractError:
+                continue  # about sizes that only other ranks have: they assert it
+            found = known
+        return found
+
+    def _collect(self, start: list[fx.Node], found: set[fx.Node]) -> None:
+        """Add to `found` what the rank has to run for some nodes."""
+        left = list(start)
         while left:
             node = left.pop()
             if node in found:
@@ -158,18 +170,6 @@ class _Extraction:
                 left.append(self.sizes[node][0])
             else:
                 left += self._operands(node) if is_for_all(node) else node.all_input_nodes
-        return found
-
-    def _concerns(self, node: fx.Node) -> bool:
-        """Whether a node that nobody uses, an assertion, is the rank's to run."""
-        if self.owners[node] not in ({self.rank}, SHARED):
-            return False
-        symbols = {
-            s
-            for n in node.all_input_nodes
-            for s in getattr(expression_of(n.meta.get("val")), "free_symbols", ())
-        }
-        return all({self.rank, None} & self.holders.get(s, {None}) for s in symbols)
 
     def _is_size_of_another(self, node: fx.Node) -> bool:
         """Whether a node is a size of another rank's tensor, which equals one of this rank's."""

@@ -121,7 +121,6 @@ class RankShapes:
 
     def __init__(self, ranges: Mapping[Any, Any]) -> None:
         self._ranges = ranges
-        self._dims: dict[Any, Any] = {}
 
     def of(self, value: Any) -> Any:
         """The dimensions of an input with the fake value `value`; None if all are static."""
@@ -131,23 +130,14 @@ class RankShapes:
         return dims or None
 
     def _dim(self, expression: Any) -> Any:
-        if isinstance(expression, sympy.Symbol):
-            if expression not in self._dims:
-                self._dims[expression] = Dim(str(expression), **self._limits(expression))
-            return self._dims[expression]
-        (symbol,) = expression.free_symbols
-        factor, rest = sympy.Poly(expression, symbol).all_coeffs()
-        derived = self._dim(symbol) * int(factor)
-        return derived + int(rest) if rest else derived
-
-    def _limits(self, symbol: Any) -> dict[str, int]:
-        found = self._ranges.get(symbol)
+        """Which sizes are equal, or multiples of others, torch finds out by itself."""
+        found = self._ranges.get(expression) if isinstance(expression, sympy.Symbol) else None
         if found is None:
-            return {}
+            return Dim.DYNAMIC
         limits = {"min": int(found.lower)}
         if found.upper.is_Integer:
             limits["max"] = int(found.upper)
-        return limits
+        return Dim.DYNAMIC(**limits)
 
 
 def _symbolic(size: Any) -> bool:
