@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from torch._dynamo.exc import Unsupported
+from torch._dynamo.exc import Unsupported, UserError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.export import Dim
@@ -17,13 +17,13 @@ from torch.utils import _pytree as pytree
 import localtensor_compile as lt
 from localtensor_compile.check.gloo import shared_pool
 from localtensor_compile.export.leaves import take_apart
-from tests.parallel import exported
+from tests.parallel import dynamic_rows, exported
 from tests.parallel.exported import MODELS, run_saved, saved, seeded
 from tests.parallel.harness import draw
 from tests.test_zoo import ZOO
 
 CALLS = 2
-# A DTensor's global size is that of all shards: see test_dynamic_rows_of_an_uneven_dtensor.
+# A DTensor's global size is that of all shards: see test_sizes_that_other_ranks_have.
 EXPORTED_ZOO = tuple(name for name in ZOO if name != "dynamic_resharding")
 ZOO_IN_DEFAULT = ("tp_mlp_uneven", "embedding_with_empty_shards")
 
@@ -144,14 +144,21 @@ def test_dynamic_dtensor():
 
 
 def test_dynamic_rows_of_an_uneven_dtensor():
-    """The program of all ranks adds up what they have; that of one rank could not."""
+    """torch says itself what its rows have to fulfil."""
     with lt.LocalTensorMode(3):
         mesh = init_device_mesh("cpu", (3,))
         model = exported.Function(lambda x: (x.cos() * 2).redistribute(placements=[Shard(1)]))
         x = distribute_tensor(draw(7, 6, seed=1), mesh, [Shard(0)])
-        programs = lt.export(model, (x,), dynamic_shapes=({0: Dim.AUTO},))
+        with pytest.raises(UserError, match=r"rows_rank1 = rows_rank0\n  rows_rank2 = 1"):
+            lt.export(model, (x,), dynamic_shapes=({0: Dim("rows")},))
+
+
+def test_sizes_that_other_ranks_have():
+    """Where a rank needs them, it has no program of its own."""
+    with lt.LocalTensorMode(3):
+        world = exported.ExportingWorld(3)
         with pytest.raises(lt.ExtractError, match="it is a size that only another rank has"):
-            programs.rank(0)
+            dynamic_rows.resharded(world)
 
 
 # ---------------------------------------------------------------- torch.export inside a mode
@@ -185,9 +192,10 @@ def test_other_worlds_and_none():
 def test_results_are_the_models():
     with lt.LocalTensorMode(3):
         model, x = exported.dtensors()
-        sums, product, doubled = torch.export.export(model, (x,)).module()(x)
+        sums, product, doubled, columns = torch.export.export(model, (x,)).module()(x)
         assert isinstance(sums, lt.LocalTensor)
         assert isinstance(product, DTensor) and product.placements == (Replicate(),)
+        assert columns.placements == (Shard(1),)
         assert doubled.device_mesh == x.device_mesh and doubled.shape == x.shape
         assert not doubled.requires_grad
 

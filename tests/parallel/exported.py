@@ -133,7 +133,8 @@ def dtensors() -> tuple[nn.Module, Any]:
 
     def product(x: DTensor) -> Any:
         y = x.t() @ weight
-        return y.sum(1).full_tensor(), y.redistribute(placements=[Replicate()]), x * 2
+        columns = x.redistribute(placements=[Shard(1)])
+        return y.sum(1).full_tensor(), y.redistribute(placements=[Replicate()]), x * 2, columns
 
     return Function(product), x
 

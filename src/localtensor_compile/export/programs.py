@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._torch import export_flat
@@ -18,6 +18,7 @@ from .flat import FlatModel
 from .leaves import ExportError, common_ranks
 from .rank_model import RankModel, inputs_of, outputs_of
 from .ranked import RankedProgram, ranked
+from .state import with_own_memory
 from .strict import require_traceable
 
 
@@ -80,9 +81,7 @@ class RankPrograms:
         dims = [shapes.of(model.values.get(i)) for i in range(len(parts))]
         dim_args, dim_kwargs = pytree.tree_unflatten(dims, flat.in_spec)
         named = dict(flat.signature.bind(*dim_args, **dim_kwargs).arguments)
-        made = export_flat(model, args, kwargs, named)
-        spell_out_keywords(made.graph_module)
-        return made
+        return _saveable(export_flat(model, args, kwargs, named))
 
 
 def export(
@@ -158,8 +157,16 @@ def _exported(
             f"sizes, or what else Dynamo has to trace for torch.export ({_first_line(error)}). Use "
             "torch.where, or shards of one size."
         ) from error
+    return flat, ranks, _saveable(program)
+
+
+def _saveable(program: Any) -> Any:
+    """As torch.export.save and load want it; no constant is part of something larger."""
     spell_out_keywords(program.graph_module)
-    return flat, ranks, program
+    for name, value in program.constants.items():
+        if type(value) is Tensor:
+            program.constants[name] = with_own_memory(value)
+    return program
 
 
 def _first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..compile.extract import extract_rank
+from ..compile.extract import extract_rank, group_ranks
 from ..compile.fx_graphs import leaves, placeholders
 from .dynamic import symbols_of
 from .flat import FlatModel, with_signature
@@ -159,7 +159,7 @@ class RankModel(nn.Module):
             user[known.where] if known.kind == "user" else read(self, known.where)
             for known in self._given
         ]
-        results = list(leaves(fx.Interpreter(self._graph).run(*given)))
+        results = list(leaves(_Runner(self._graph).run(*given)))
         returned = []
         for known, value in zip(self._outputs, results):
             if known.mutates is None:
@@ -206,3 +206,22 @@ def _guards(values: Sequence[Any]) -> list[Callable[[Sequence[Any]], Any]]:
         and expression.free_symbols <= set(symbols)
         and not isinstance(expression, sympy.logic.boolalg.BooleanAtom)
     ]
+
+
+class _Runner(fx.Interpreter):
+    """Runs an extracted graph without the group being there: torch's fake of one op asks for it."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops._dtensor.shard_dim_alltoall.default:
+            return _shard_dim_alltoall(*args, **kwargs)
+        return super().call_function(target, args, kwargs)
+
+
+def _shard_dim_alltoall(x: Tensor, gather_dim: int, shard_dim: int, group: str) -> Tensor:
+    """DTensor's op by the functional collective: piece k of each rank goes to rank k."""
+    size = len(group_ranks(group))
+    pieces = torch.chunk(x, size, shard_dim)
+    splits = [pieces[0].shape[0]] * size
+    functional = torch.ops._c10d_functional
+    received = functional.all_to_all_single(torch.cat(pieces), splits, splits, group)
+    return torch.cat(torch.split(functional.wait_tensor(received), splits), gather_dim)

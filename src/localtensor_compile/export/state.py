@@ -66,14 +66,14 @@ def tensors_of(state: State) -> Iterator[tuple[str, Tensor]]:
 def register(root: nn.Module, name: str, tensor: Tensor, like: State) -> None:
     """Put `tensor` at `name` of `root`, as a parameter or buffer as `like` is."""
     owner, attribute = _owner(root, name)
-    tensor = _with_own_memory(tensor.detach())
+    tensor = with_own_memory(tensor.detach())
     if like.parameter:
         owner.register_parameter(attribute, nn.Parameter(tensor, like.requires_grad))
     else:
         owner.register_buffer(attribute, tensor.clone(), like.persistent)
 
 
-def _with_own_memory(tensor: Tensor) -> Tensor:
+def with_own_memory(tensor: Tensor) -> Tensor:
     """`tensor`, copied where it is part of something larger: that would be saved with it."""
     memory = tensor.numel() * tensor.element_size()
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == memory
