@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
 import localtensor_compile as lt
 from localtensor_compile.golden.diff import explain, explanation
@@ -246,3 +247,25 @@ class TestCase(lt.GoldenTestCase):
     def test_file(self):
         with pytest.raises(lt.GoldenMismatch, match=r"graphs/golden/file\.txt"):
             self.assertGolden(TEXT)
+
+
+# ---------------------------------------------------------------- other versions of torch
+def test_file_of_this_torch(tmp_path, monkeypatch):
+    """Written only where the graph is another one, and preferred where it is there."""
+    monkeypatch.delenv("EXPECTTEST_ACCEPT", raising=False)
+    file = tmp_path / "graph.txt"
+    own = tmp_path / f"graph.torch-{'.'.join(torch.__version__.split('.')[:2])}.txt"
+    file.write_text(TEXT)
+    other = TEXT.replace("aten.mm", "aten.bmm")
+    monkeypatch.setenv("EXPECTTEST_ACCEPT", "torch")
+    lt.assert_golden(TEXT, file)
+    assert not own.exists()
+    lt.assert_golden(other, file)
+    assert own.read_text() == other and file.read_text() == TEXT
+    monkeypatch.delenv("EXPECTTEST_ACCEPT")
+    lt.assert_golden(other, file)
+    with pytest.raises(lt.GoldenMismatch, match=f"the graph is not that of {own}"):
+        lt.assert_golden(TEXT, file)
+    monkeypatch.setenv("EXPECTTEST_ACCEPT", "1")
+    lt.assert_golden(TEXT, file)
+    assert not own.exists()

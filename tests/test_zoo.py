@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import localtensor_compile as lt
 from tests.parallel import (
@@ -38,6 +39,9 @@ ZOO = {
 }
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="torch's partitioner cut other graphs (docs/design.md)"
+)
 @pytest.mark.parametrize("name", ZOO)
 def test_golden(name, golden):
     program, world_size, arguments = ZOO[name]

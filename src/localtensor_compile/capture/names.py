@@ -84,7 +84,10 @@ def input_of(node: fx.Node, names: Sequence[tuple[str, str]]) -> Known:
         return Known("tangent", _tangent(_output_label(base.output, names)), rank)
     kind, label = _input_label(base, names)
     size = _NUMBERS.get(type(desc).__name__)
-    return Known("input", f"{label}.{size}({desc.idx})", rank) if size else Known(kind, label, rank)
+    if size is None:
+        return Known(kind, label, rank)
+    of_shard = ".to_local()" if getattr(desc.base, "attr", "") == "_local_tensor" else ""
+    return Known("input", f"{label}{of_shard}.{size}({desc.idx})", rank)
 
 
 def _tangent(output: str) -> str:

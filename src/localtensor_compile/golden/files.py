@@ -10,6 +10,7 @@ from typing import Any
 
 import expecttest
 
+from .._torch import VERSION
 from .diff import explanation
 from .text import GoldenError, read
 
@@ -28,6 +29,9 @@ def accepting() -> bool:
 def assert_golden(graphs: Any, path: str | os.PathLike[str]) -> None:
     """Compare graphs with a golden file, or write it where EXPECTTEST_ACCEPT=1 is set.
 
+    A version of torch that makes another graph may have a file of its own beside it:
+    `NAME.torch-2.14.txt` for NAME.txt. It is written where EXPECTTEST_ACCEPT=torch is set.
+
     Args:
         graphs: what `capture` returned, or golden text.
         path: the file, by convention under graphs/.
@@ -36,20 +40,30 @@ def assert_golden(graphs: Any, path: str | os.PathLike[str]) -> None:
         GoldenMismatch: other graphs, with what changed on which ranks; no such file.
         GoldenError: a file that holds no golden text, or a merge conflict; it is not overwritten.
     """
-    actual, file = str(graphs), Path(path)
+    actual, shared = str(graphs), Path(path)
+    file = _of_this_torch(shared)
     read(actual, "the graph")
     expected = file.read_text() if file.exists() else None
     if expected is not None:
-        read(expected, str(path))
+        read(expected, str(file))
     if accepting():
-        if expected != actual:
+        if file != shared and shared.exists() and shared.read_text() == actual:
+            file.unlink(missing_ok=True)
+        elif expected != actual:
             _write(file, actual)
         return
     if expected is None:
         raise GoldenMismatch(
             f"there is no golden file {path}. Write it with {ACCEPT}=1, and commit it."
         )
-    assert_same(expected, actual, name=str(path))
+    assert_same(expected, actual, name=str(file))
+
+
+def _of_this_torch(file: Path) -> Path:
+    """The file for this version of torch, where there is one or is to be one."""
+    version = ".".join(map(str, VERSION))
+    own = file.with_name(f"{file.stem}.torch-{version}{file.suffix}")
+    return own if own.exists() or os.environ.get(ACCEPT) == "torch" else file
 
 
 def assert_expected_inline(graphs: Any, expect: str, skip: int = 0) -> None:

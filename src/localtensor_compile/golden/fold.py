@@ -166,10 +166,13 @@ def _names(columns: Sequence[Column], programs: Mapping[int, Sequence[Step]]) ->
     firsts = [programs[rank][i] for rank, i in (next(iter(c.items())) for c in columns)]
     taken = {step.label for step in firsts if step.kind is INPUT}
     counts: dict[str, int] = {}
+    given: dict[str, int] = {}
     names = []
     for step in firsts:
         if step.kind is INPUT:
-            names.append(step.label)
+            given[step.label] = given.get(step.label, 0) + 1
+            count = given[step.label]
+            names.append(step.label if count == 1 else f"{step.label}#{count}")
             continue
         base = step.op.removeprefix("aten.").partition(".")[0].replace("::", ".")
         count = counts.get(base, 0)
