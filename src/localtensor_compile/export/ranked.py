@@ -81,7 +81,7 @@ class RankedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model, with its inputs checked."""
         flat = self._program._flat
-        leaves, spec = take_tree_apart((args, kwargs))
+        leaves, spec = take_tree_apart((args, flat.in_order(kwargs)))
         require_fitting(self._program, flat, leaves, spec)
         values = [leaf.of_all for leaf in leaves]
         given: tuple[tuple[Any, ...], Mapping[str, Any]] = pytree.tree_unflatten(values, spec)
