@@ -353,3 +353,33 @@ def test_additional_inputs():
         "AdditionalInputs cannot say which sizes of LocalTensors differ. Give dynamic_shapes "
         "Dim.DYNAMIC for these dimensions.",
     )
+
+
+# ---------------------------------------------------------------- strict
+def test_strict_leaves_compiled_code_alone():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    model, x = Two(torch.add), even(3)
+    step = torch.compile(model, backend=backend, fullgraph=True)
+    step(x, x)
+    for rows in (3, 4, 5):
+        torch.export.export(model, (even(rows), even(rows)), strict=True)
+    step(x, x)
+    assert len(compiled) == 1
+
+
+def test_strict_runs_nothing():
+    """Dynamo only looks: the model runs as often as without."""
+
+    def runs(strict):
+        seen = []
+        model = Two(lambda x, y: seen.append(1) or x + y)
+        lt.export(model, (even(3), even(3)), strict=strict)
+        return len(seen)
+
+    assert runs(strict=True) == runs(strict=False)
