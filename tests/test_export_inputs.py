@@ -337,6 +337,26 @@ def test_inputs_that_are_written():
             assert_same(part, of_rank(wanted, rank))
 
 
+def test_no_gradients():
+    """Neither for shards nor for what all ranks share: half of them would train half a model."""
+    with lt.maybe_disable_local_tensor_mode():
+        shared = nn.Linear(4, 4)
+    own = nn.Linear(4, 4)
+    model = Two(lambda x, y: (own(shared(x)), shared.weight * 2, y))
+    model.shared, model.own = shared, own
+    with lt.maybe_disable_local_tensor_mode():
+        y = torch.ones(2, requires_grad=True)
+    x = uneven(3)
+    programs, ranked = same_programs(model, ((x, y), {}))
+    with lt.maybe_disable_local_tensor_mode():
+        *found, _ = programs.rank(1).module()(of_rank(x, 1), y)
+        of_shards, *of_all_ranks = programs.all_ranks.module()(of_all(x), y)
+    of_ranks = ranked.module()(x, y)
+    for tensor in (*found, *of_shards, of_all_ranks[0], *of_ranks):
+        assert not tensor.requires_grad
+    assert y.requires_grad and shared.weight.requires_grad and shared.weight.grad is None
+
+
 # ---------------------------------------------------------------- what is refused
 def test_dynamic_shapes_of_other_inputs():
     model, x = Two(lambda x, y: x + y), even(3)

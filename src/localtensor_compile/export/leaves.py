@@ -82,6 +82,10 @@ def take_apart(value: Any) -> Leaf:
             tuple(numbers.values()),
             lambda parts: make_int(dict(zip(numbers, parts))),
         )
+    if isinstance(value, torch.Tensor):
+        grad = value.requires_grad
+        # As shards are: gradients that reach shared parameters alone would be misleading.
+        return Leaf((), (value,), lambda parts: parts[0].detach().requires_grad_(grad))
     return Leaf((), (value,), lambda parts: parts[0])
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from ..values.tensor import LocalTensor
 from ..world.mode import maybe_disable_local_tensor_mode
 from .fit import require_fitting
 from .flat import FlatModel
@@ -96,9 +95,4 @@ class RankedModule(nn.Module):
 
 def _constant(value: Any) -> Any:
     """Without the gradient that the model's output would have."""
-    is_leaf = isinstance(value, Tensor) and value.is_leaf
-    return value.requires_grad_(False) if is_leaf and _of_ranks(value) else value
-
-
-def _of_ranks(value: Any) -> bool:
-    return isinstance(getattr(value, "_local_tensor", value), LocalTensor)
+    return value.requires_grad_(False) if isinstance(value, Tensor) and value.is_leaf else value
