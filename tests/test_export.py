@@ -143,13 +143,30 @@ def test_dynamic_dtensor():
         assert_same(of_all(found), of_all(wanted))
 
 
-def test_dynamic_rows_of_an_uneven_dtensor():
-    """torch says itself what its rows have to fulfil."""
+@pytest.mark.parametrize("placement", [Shard(1), Replicate()])
+def test_dynamic_rows_of_an_uneven_dtensor(placement):
+    """Its ranks' rows are numbers of their own; a rank alone does not know how many others have."""
     with lt.LocalTensorMode(3):
         mesh = init_device_mesh("cpu", (3,))
-        model = exported.Function(lambda x: (x.cos() * 2).redistribute(placements=[Shard(1)]))
+        model = exported.Function(lambda x: (x.cos() * 2).redistribute(placements=[placement]))
+        x = distribute_tensor(draw(10, 6, seed=1), mesh, [Shard(0)])
+        shapes = ({0: Dim("rows", min=1)},)
+        module = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
+        for rows in (8, 13):
+            other = distribute_tensor(draw(rows, 6, seed=2), mesh, [Shard(0)])
+            found, wanted = module(other), model(other)
+            assert found.placements == wanted.placements and found.shape == (rows, 6)
+            assert_same(of_all(found), of_all(wanted))
+        with pytest.raises(lt.ExtractError, match="it is a size that only another rank has"):
+            lt.export(model, (x,), dynamic_shapes=shapes).rank(0)
+
+
+def test_row_that_torch_takes_for_one():
+    with lt.LocalTensorMode(3):
+        mesh = init_device_mesh("cpu", (3,))
+        model = exported.Function(lambda x: x.redistribute(placements=[Shard(1)]))
         x = distribute_tensor(draw(7, 6, seed=1), mesh, [Shard(0)])
-        with pytest.raises(UserError, match=r"rows_rank1 = rows_rank0\n  rows_rank2 = 1"):
+        with pytest.raises(UserError, match="You marked rows_rank2"):
             lt.export(model, (x,), dynamic_shapes=({0: Dim("rows")},))
 
 

@@ -47,7 +47,7 @@ def per_rank_text(values: Mapping[int, Any], limit: int = 8) -> str:
     """`rank 0: a, ranks 1-3: b`: equal values of neighbouring ranks are folded."""
     runs: list[tuple[int, int, str]] = []
     for rank in sorted(values):
-        text = str(_example(values[rank]))
+        text = str(example_of(values[rank]))
         if runs and runs[-1][2] == text and runs[-1][1] == rank - 1:
             runs[-1] = (runs[-1][0], rank, text)
         else:
@@ -60,9 +60,9 @@ def per_rank_text(values: Mapping[int, Any], limit: int = 8) -> str:
     return ", ".join(parts)
 
 
-def _example(value: Any) -> Any:
+def example_of(value: Any) -> Any:
     """`value` with the symbols of a traced dynamic shape replaced by the numbers at hand."""
     if type(value) is tuple:
-        return tuple(_example(v) for v in value)
+        return tuple(example_of(v) for v in value)
     hint = getattr(getattr(value, "node", None), "hint", None)
     return value if hint is None else hint

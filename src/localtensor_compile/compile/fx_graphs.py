@@ -7,6 +7,7 @@ from keyword import iskeyword
 from typing import Any
 
 import torch.fx as fx
+from torch.export.graph_signature import ConstantArgument
 
 
 def placeholders(module: fx.GraphModule) -> list[fx.Node]:
@@ -44,3 +45,19 @@ def spell_out_keywords(module: fx.GraphModule) -> None:
             if len(node.args) <= last:
                 left_out = arguments[len(node.args) : last + 1]
                 node.args = (*node.args, *(a.default_value for a in left_out))
+
+
+def write_numbers_down(program: Any) -> None:
+    """Put the numbers and strings that an ExportedProgram was exported with in place of the inputs.
+
+    torch.export.save fails where a node uses such an input, as it does in what was exported below
+    autograd (torch 2.13).
+    """
+    for node, spec in zip(placeholders(program.graph_module), program.graph_signature.input_specs):
+        if isinstance(spec.arg, ConstantArgument):
+            number = spec.arg.value
+            for user in tuple(node.users):
+                replaced = fx.map_arg(
+                    (user.args, user.kwargs), lambda n, node=node, v=number: v if n is node else n
+                )
+                user.args, user.kwargs = replaced

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
-import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import AdditionalInputs, Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
+from .conditions import is_symbolic
 from .leaves import ExportError, Leaf, take_apart
 
 
@@ -25,10 +25,15 @@ def of_all_ranks(
     """
     if dynamic_shapes is None:
         return None
-    if hasattr(dynamic_shapes, "dynamic_shapes"):  # a ShapesCollection
+    if isinstance(dynamic_shapes, AdditionalInputs):
+        raise ExportError(
+            "AdditionalInputs cannot say which sizes of LocalTensors differ. Give dynamic_shapes "
+            "Dim.DYNAMIC for these dimensions."
+        )
+    if isinstance(dynamic_shapes, ShapesCollection):
         dynamic_shapes = dynamic_shapes.dynamic_shapes(model, args, kwargs)
     named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    if not isinstance(dynamic_shapes, Mapping):
+    if not isinstance(dynamic_shapes, Mapping) and len(dynamic_shapes) == len(named):
         dynamic_shapes = dict(zip(named, dynamic_shapes))
     uneven: set[str] = set()
 
@@ -42,27 +47,30 @@ def of_all_ranks(
 
 def _each(value: Any, spec: Any, use: Callable[[Leaf, Any], Any]) -> Any:
     """`use(leaf, its dimensions)` for each tensor, in the structure of `value`."""
-    if spec is None:
-        return None
     leaf = take_apart(value)
+    if leaf.ranks and (spec is None or not isinstance(leaf.parts[0], Tensor)):
+        return (spec,) * len(leaf.ranks)
     if isinstance(leaf.parts[0], Tensor):
-        return use(leaf, spec)
+        return use(leaf, spec) if spec is not None else None
     children = _children(value)
     if children is None:
         return spec
+    if spec is None:
+        spec = dict.fromkeys(children) if isinstance(children, dict) else [None] * len(children)
     if isinstance(children, dict):
-        if not isinstance(spec, Mapping):
+        if not isinstance(spec, Mapping) or set(spec) != set(children):
             raise ExportError(
                 f"dynamic_shapes has {spec!r} for inputs named {', '.join(map(str, children))}. "
                 "Give it a dict with the same keys."
             )
-        return {k: _each(v, spec.get(k), use) for k, v in children.items()}
+        return {k: _each(v, spec[k], use) for k, v in children.items()}
     if isinstance(spec, Mapping) or len(spec) != len(children):
         raise ExportError(
             f"dynamic_shapes has {spec!r} for a sequence of {len(children)} inputs. Give it a "
             "sequence of as many."
         )
-    return [_each(v, s, use) for v, s in zip(children, spec)]
+    found = [_each(v, s, use) for v, s in zip(children, spec)]
+    return tuple(found) if isinstance(value, tuple) else found  # torch compares the types
 
 
 def _children(value: Any) -> Any:
@@ -124,9 +132,11 @@ class RankShapes:
 
     def of(self, value: Any) -> Any:
         """The dimensions of an input with the fake value `value`; None if all are static."""
+        if is_symbolic(value):
+            return self._dim(value.node.expr)
         if not isinstance(value, Tensor):
             return None
-        dims = {d: self._dim(s.node.expr) for d, s in enumerate(value.shape) if _symbolic(s)}
+        dims = {d: self._dim(s.node.expr) for d, s in enumerate(value.shape) if is_symbolic(s)}
         return dims or None
 
     def _dim(self, expression: Any) -> Any:
@@ -138,18 +148,3 @@ class RankShapes:
         if found.upper.is_Integer:
             limits["max"] = int(found.upper)
         return Dim.DYNAMIC(**limits)
-
-
-def _symbolic(size: Any) -> bool:
-    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
-
-
-def symbols_of(values: Sequence[Any]) -> dict[Any, tuple[int, int]]:
-    """Symbol -> (input, dimension) whose size it is."""
-    found: dict[Any, tuple[int, int]] = {}
-    for i, value in enumerate(values):
-        if isinstance(value, Tensor):
-            for d, size in enumerate(value.shape):
-                if _symbolic(size) and isinstance(size.node.expr, sympy.Symbol):
-                    found.setdefault(size.node.expr, (i, d))
-    return found

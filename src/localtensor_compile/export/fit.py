@@ -42,7 +42,7 @@ def require_fitting(
                 "exported. Every exported rank needs its shard, and no other rank has a program."
             )
         for rank, part in zip(leaf.ranks or (None,), leaf.parts):
-            if isinstance(part, Tensor) and not _fits(part, wanted[i, rank], sizes, program):
+            if not _fits(part, wanted[i, rank], sizes, program):
                 raise _misfit(name, leaf, i, wanted, program)
 
 
@@ -57,7 +57,7 @@ def _of_ranks(ranks: Sequence[int]) -> str:
 
 
 def _expected(program: Any, flat: FlatModel) -> dict[tuple[int, int | None], Any]:
-    """(number of an input, rank) -> fake tensor with its exported sizes."""
+    """(number of an input, rank) -> fake tensor with its exported sizes, or what was given."""
     nodes = placeholders(program.graph_module)
     return {
         (known.where, known.rank): node.meta.get("val")
@@ -66,15 +66,20 @@ def _expected(program: Any, flat: FlatModel) -> dict[tuple[int, int | None], Any
     }
 
 
-def _fits(part: Tensor, wanted: Tensor, sizes: dict[Any, int], program: Any) -> bool:
+def _fits(part: Any, wanted: Any, sizes: dict[Any, int], program: Any) -> bool:
+    if not isinstance(wanted, Tensor):
+        same_type = isinstance(wanted, torch.SymInt) or type(part) is type(wanted)
+        return same_type and _size_fits(part, wanted, sizes, program)
+    if not isinstance(part, Tensor):
+        return False
     if part.dtype != wanted.dtype or part.ndim != wanted.ndim:
         return False
     return all(_size_fits(a, b, sizes, program) for a, b in zip(part.shape, wanted.shape))
 
 
-def _size_fits(found: int, wanted: Any, sizes: dict[Any, int], program: Any) -> bool:
+def _size_fits(found: Any, wanted: Any, sizes: dict[Any, int], program: Any) -> bool:
     if not isinstance(wanted, torch.SymInt):
-        return found == wanted
+        return bool(found == wanted)
     expression = wanted.node.expr
     if expression.is_Symbol:
         limits = program.range_constraints.get(expression)
@@ -91,10 +96,17 @@ def _misfit(
     ranks: Sequence[Any] = leaf.ranks or (None,)
     found = {rank: _type(part) for rank, part in zip(ranks, leaf.parts)}
     exported = {rank: _type(wanted[number, rank]) for rank in ranks}
+    symbols = {
+        symbol
+        for rank in ranks
+        for size in _sizes(wanted[number, rank])
+        if isinstance(size, torch.SymInt)
+        for symbol in size.node.expr.free_symbols
+    }
     limits = [
         f"{limit.lower} <= {symbol}" + (f" <= {limit.upper}" if limit.upper.is_Integer else "")
         for symbol, limit in program.range_constraints.items()
-        if any(str(symbol) in text for text in exported.values())
+        if symbol in symbols
     ]
     where = f" with {', '.join(limits)}" if limits else ""
     if leaf.ranks:
@@ -108,5 +120,11 @@ def _misfit(
     )
 
 
-def _type(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(map(str, tensor.shape))}]"
+def _sizes(value: Any) -> Sequence[Any]:
+    return value.shape if isinstance(value, Tensor) else (value,)
+
+
+def _type(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return str(value) if isinstance(value, torch.SymInt) else repr(value)
+    return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"

@@ -18,7 +18,7 @@ from .leaves import ExportError, Leaf, take_apart, take_tree_apart
 from .state import State, read, register, states_of, tensors_of
 
 
-class FlatModel(nn.Module):
+class FlatModel:
     """`model` on the parts of its inputs.
 
     Args:
@@ -27,13 +27,12 @@ class FlatModel(nn.Module):
             values of `states` by name.
 
     Attributes:
+        module: what torch.export can export.
         states: the parameters and buffers.
         in_names: for each leaf of the inputs what the model calls it.
         out_leaves: after tracing, the leaves of the output; `out_ranks` of each its ranks.
         out_spec: the structure of that output.
     """
-
-    _exports_plain_tensors = True
 
     def __init__(
         self,
@@ -42,24 +41,28 @@ class FlatModel(nn.Module):
         kwargs: Mapping[str, Any],
         call: Callable[[dict[str, Any], Any, Any], Any] | None = None,
     ) -> None:
-        super().__init__()
         self.states: list[State] = states_of(model)
-        for state in self.states:
-            for name, tensor in tensors_of(state):
-                register(self, name, tensor, state)
         self.leaves, self.in_spec = take_tree_apart((args, dict(kwargs)))
+        self._keywords = list(kwargs)
         self.out_leaves: list[Leaf] = []
         self.out_spec: Any = None
         self.signature = inspect.signature(model.forward)
         self.in_names = _names(self.signature, args, kwargs)
-        # Not as a submodule, whose LocalTensors torch.export would take for parameters.
-        object.__setattr__(self, "_call", call or _caller(model))
-        object.__setattr__(self, "forward", with_signature(self.signature, self._run))
+        self._call = call or _caller(model)
+        self.module = PlainModule(self.signature, self._run)
+        for state in self.states:
+            for name, tensor in tensors_of(state):
+                register(self.module, name, tensor, state)
 
     @property
     def of_all(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) of this model: each value of all ranks is a tuple of its parts."""
         return pytree.tree_unflatten([leaf.of_all for leaf in self.leaves], self.in_spec)
+
+    def in_order(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """`kwargs` in the order in which they were exported, where they are the same."""
+        known = {k: kwargs[k] for k in self._keywords if k in kwargs}
+        return known if len(known) == len(kwargs) else dict(kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         given = [leaf.joined(v) for leaf, v in zip(self.leaves, self._split((args, kwargs)))]
@@ -82,8 +85,8 @@ class FlatModel(nn.Module):
 
     def _held(self, state: State) -> Any:
         if not state.leaf.ranks:
-            return read(self, state.name)
-        return [read(self, state.name_of(r)) for r in state.leaf.ranks]
+            return read(self.module, state.name)
+        return [read(self.module, state.name_of(r)) for r in state.leaf.ranks]
 
     def _write(self, state: State, value: Any) -> None:
         """The model has put another tensor in the place of a buffer."""
@@ -95,7 +98,7 @@ class FlatModel(nn.Module):
                 "same ranks, so that every rank's program has it."
             )
         for rank, part in zip(state.leaf.ranks or (None,), leaf.parts):
-            read(self, state.name_of(rank)).copy_(part)
+            read(self.module, state.name_of(rank)).copy_(part)
 
 
 def _caller(model: nn.Module) -> Callable[[dict[str, Any], Any, Any], Any]:
@@ -106,16 +109,22 @@ def _caller(model: nn.Module) -> Callable[[dict[str, Any], Any, Any], Any]:
     return call
 
 
-def with_signature(
-    signature: inspect.Signature, function: Callable[..., Any]
-) -> Callable[..., Any]:
-    """torch.export names inputs, and looks dynamic shapes up, by the signature of forward."""
+class PlainModule(nn.Module):
+    """A module of plain tensors that runs `run`, and has no attributes of its own that could be in
+    the place of a model's parameters.
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+    Args:
+        signature: torch.export names inputs, and looks dynamic shapes up, by that of forward.
+    """
 
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    return forward
+    def __init__(self, signature: inspect.Signature, run: Callable[..., Any]) -> None:
+        super().__init__()
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return run(*args, **kwargs)
+
+        forward.__signature__ = signature  # type: ignore[attr-defined]
+        object.__setattr__(self, "forward", forward)
 
 
 def _names(
@@ -133,8 +142,3 @@ def _names(
     paths, _ = pytree.tree_flatten_with_path(list(named.values()))
     names = list(named)
     return [names[path[0].idx] + pytree.keystr(path[1:]) for path, _ in paths]
-
-
-def is_plain_model(model: nn.Module) -> bool:
-    """Whether torch.export can trace it as it is: what exports a model of all ranks is plain."""
-    return getattr(model, "_exports_plain_tensors", False)

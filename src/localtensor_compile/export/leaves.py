@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from .._torch import AsyncCollectiveTensor, mesh_rank_grids
-from ..errors import LocalTensorError
+from ..errors import LocalTensorError, example_of
 from ..values.int_node import make_int
 from ..values.rank_node import is_ranked
 from ..values.tensor import LocalTensor, _wrap
@@ -82,6 +82,10 @@ def take_apart(value: Any) -> Leaf:
             tuple(numbers.values()),
             lambda parts: make_int(dict(zip(numbers, parts))),
         )
+    if isinstance(value, torch.Tensor):
+        grad = value.requires_grad
+        # As shards are: gradients that reach shared parameters alone would be misleading.
+        return Leaf((), (value,), lambda parts: parts[0].detach().requires_grad_(grad))
     return Leaf((), (value,), lambda parts: parts[0])
 
 
@@ -120,7 +124,10 @@ def _global_size(spec: Any, dim: int, of_ranks: dict[int, Any]) -> Any:
         if not any(c for d, c in enumerate(place) if d not in cutting)
     ]
     first = of_ranks[of_group[0]]
-    if all(of_ranks[r] is first or bool(of_ranks[r] == first) for r in of_group):
+    # Asking whether symbols are equal makes them so, or different, for good.
+    if len({example_of(of_ranks[r]) for r in of_group}) == 1 and all(
+        of_ranks[r] is first or bool(of_ranks[r] == first) for r in of_group
+    ):
         return first * len(of_group)
     return sum(of_ranks[r] for r in of_group)
 

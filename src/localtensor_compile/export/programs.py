@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._torch import export_flat
-from ..compile.fx_graphs import spell_out_keywords
+from ..compile.fx_graphs import spell_out_keywords, write_numbers_down
 from ..world.mode import maybe_disable_local_tensor_mode
 from ..world.state import enabled_local_tensor_mode
 from .dynamic import RankShapes, of_all_ranks
@@ -75,13 +75,15 @@ class RankPrograms:
             flat,
             program.constants,
         )
-        shapes = RankShapes(program.range_constraints)
+        rank_shapes = RankShapes(program.range_constraints)
         parts = [leaf.of_rank(rank) for leaf in flat.leaves]
         args, kwargs = pytree.tree_unflatten(parts, flat.in_spec)
-        dims = [shapes.of(model.values.get(i)) for i in range(len(parts))]
+        dims = [rank_shapes.of(model.values.get(i)) for i in range(len(parts))]
         dim_args, dim_kwargs = pytree.tree_unflatten(dims, flat.in_spec)
         named = dict(flat.signature.bind(*dim_args, **dim_kwargs).arguments)
-        return _saveable(export_flat(model, args, kwargs, named))
+        # torch 2.13 cannot take a dict with nothing in it for the arguments `**kwargs`.
+        shapes = None if all(d is None for d in dims) else named
+        return _saveable(export_flat(model.module, args, kwargs, shapes))
 
 
 def export(
@@ -150,19 +152,38 @@ def _exported(
     of = [*flat.leaves, *(state.leaf for state in flat.states)]
     ranks = common_ranks(of, "the model and its inputs", mode.ranks if mode else ())
     try:
-        program = export_flat(flat, *flat.of_all, shapes)
+        program = export_flat(flat.module, *flat.of_all, shapes)
     except InternalTorchDynamoError as error:
         raise ExportError(
             "the model cannot be traced for all ranks together: torch.cond on shards of different "
             f"sizes, or what else Dynamo has to trace for torch.export ({_first_line(error)}). Use "
             "torch.where, or shards of one size."
         ) from error
+    _require_own_buffers(program, flat)
     return flat, ranks, _saveable(program)
+
+
+def _require_own_buffers(program: Any, flat: FlatModel) -> None:
+    """Raise ExportError where the model writes to a buffer that is in another's memory too."""
+    written = {
+        output.mutates.where
+        for output in outputs_of(program, flat, inputs_of(program, flat))
+        if output.mutates is not None and output.mutates.kind == "state"
+    }
+    for state in flat.states:
+        for other in flat.states if state.name in written else ():
+            if other is not state and state.shares_memory_with(other):
+                raise ExportError(
+                    f"the model writes to {state.name}, which shares memory with {other.name}. An "
+                    "exported program has each of its buffers in memory of its own, and would not "
+                    f"see the change. Make one of the other in forward()."
+                )
 
 
 def _saveable(program: Any) -> Any:
     """As torch.export.save and load want it; no constant is part of something larger."""
     spell_out_keywords(program.graph_module)
+    write_numbers_down(program)
     for name, value in program.constants.items():
         if type(value) is Tensor:
             program.constants[name] = with_own_memory(value)

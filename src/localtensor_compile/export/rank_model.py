@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx as fx
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..compile.extract import extract_rank, group_ranks
 from ..compile.fx_graphs import leaves, placeholders
-from .dynamic import symbols_of
-from .flat import FlatModel, with_signature
+from .conditions import conditions
+from .flat import FlatModel, PlainModule
 from .state import State, read, register
 
 
@@ -94,7 +94,7 @@ def outputs_of(program: Any, flat: FlatModel, inputs: Sequence[Input]) -> list[O
     return found
 
 
-class RankModel(nn.Module):
+class RankModel:
     """One rank's program: its parameters and buffers, its inputs and outputs.
 
     Args:
@@ -104,10 +104,11 @@ class RankModel(nn.Module):
         inputs, outputs: what the placeholders and outputs of `module` are.
         flat: what was exported.
         constants: tensors that the program holds.
-        checks: conditions on the sizes of the inputs under which the graph was traced.
-    """
 
-    _exports_plain_tensors = True
+    Attributes:
+        module: what torch.export can export.
+        values: the user's inputs by number, as they were traced.
+    """
 
     def __init__(
         self,
@@ -119,9 +120,9 @@ class RankModel(nn.Module):
         flat: FlatModel,
         constants: Mapping[str, Any],
     ) -> None:
-        super().__init__()
         self.rank = rank
-        extracted = extract_rank(
+        self.module = PlainModule(flat.signature, self._run)
+        self._graph = extract_rank(
             module,
             rank,
             ranks=ranks,
@@ -135,28 +136,26 @@ class RankModel(nn.Module):
             for n, known in zip(nodes, inputs)
             if known.kind == "user" and known.rank in (rank, None)
         }
-        self._given = [own[n.name] for n in placeholders(extracted)]
+        self._given = [own[n.name] for n in placeholders(self._graph)]
         self._outputs = [known for known in outputs if known.rank in (rank, None)]
         self._in_spec, self._out_spec = flat.in_spec, flat.out_spec
-        self._guards = _guards(list(self.values.values()))
+        self._conditions = conditions(self.values, rank)
         for state in flat.states:
             self._register(state)
         for known in self._given:
             if known.kind == "constant":
-                setattr(self, known.where, constants[known.where])
-        object.__setattr__(self, "_graph", extracted)
-        object.__setattr__(self, "forward", with_signature(flat.signature, self._run))
+                setattr(self.module, known.where, constants[known.where])
 
     def _register(self, state: State) -> None:
         if not state.leaf.ranks or self.rank in state.leaf.ranks:
-            register(self, state.name, state.leaf.of_rank(self.rank), state)
+            register(self.module, state.name, state.leaf.of_rank(self.rank), state)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         user = self._in_spec.flatten_up_to((args, kwargs))
-        for condition in self._guards:
-            torch._check(condition(user))
+        for holds in self._conditions:
+            torch._check(holds(user))
         given = [
-            user[known.where] if known.kind == "user" else read(self, known.where)
+            user[known.where] if known.kind == "user" else read(self.module, known.where)
             for known in self._given
         ]
         results = list(leaves(_Runner(self._graph).run(*given)))
@@ -167,45 +166,8 @@ class RankModel(nn.Module):
             elif known.mutates.kind == "user":
                 user[known.mutates.where].copy_(value)
             else:
-                read(self, known.mutates.where).copy_(value)
+                read(self.module, known.mutates.where).copy_(value)
         return pytree.tree_unflatten(returned, self._out_spec)
-
-
-def _guards(values: Sequence[Any]) -> list[Callable[[Sequence[Any]], Any]]:
-    """What was decided about the sizes of these inputs alone while the graph was traced."""
-    import sympy
-    from torch.utils._sympy.interp import sympy_interp
-    from torch.utils._sympy.reference import PythonReferenceAnalysis
-
-    symbols = symbols_of(values)
-    env = next(
-        (
-            s.node.shape_env
-            for v in values
-            if isinstance(v, Tensor)
-            for s in v.shape
-            if isinstance(s, torch.SymInt)
-        ),
-        None,
-    )
-    if env is None:
-        return []
-
-    def condition(expression: Any) -> Callable[[Sequence[Any]], Any]:
-        def holds(user: Sequence[Any]) -> Any:
-            sizes = {s: user[i].shape[d] for s, (i, d) in symbols.items()}
-            return sympy_interp(PythonReferenceAnalysis, sizes, expression)
-
-        return holds
-
-    found = {env.simplify(guard.expr) for guard in env.guards}
-    return [
-        condition(expression)
-        for expression in sorted(found, key=str)
-        if expression.free_symbols
-        and expression.free_symbols <= set(symbols)
-        and not isinstance(expression, sympy.logic.boolalg.BooleanAtom)
-    ]
 
 
 class _Runner(fx.Interpreter):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from ..values.tensor import LocalTensor
 from ..world.mode import maybe_disable_local_tensor_mode
 from .fit import require_fitting
 from .flat import FlatModel
@@ -81,7 +80,7 @@ class RankedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model, with its inputs checked."""
         flat = self._program._flat
-        leaves, spec = take_tree_apart((args, kwargs))
+        leaves, spec = take_tree_apart((args, flat.in_order(kwargs)))
         require_fitting(self._program, flat, leaves, spec)
         values = [leaf.of_all for leaf in leaves]
         given: tuple[tuple[Any, ...], Mapping[str, Any]] = pytree.tree_unflatten(values, spec)
@@ -96,9 +95,4 @@ class RankedModule(nn.Module):
 
 def _constant(value: Any) -> Any:
     """Without the gradient that the model's output would have."""
-    is_leaf = isinstance(value, Tensor) and value.is_leaf
-    return value.requires_grad_(False) if is_leaf and _of_ranks(value) else value
-
-
-def _of_ranks(value: Any) -> bool:
-    return isinstance(getattr(value, "_local_tensor", value), LocalTensor)
+    return value.requires_grad_(False) if isinstance(value, Tensor) and value.is_leaf else value

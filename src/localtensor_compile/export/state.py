@@ -21,6 +21,7 @@ class State:
         parameter: whether it is a parameter.
         requires_grad: of a parameter.
         persistent: whether it is part of the state dict.
+        memory: where the parts were in the model, as (storage, first byte, end).
     """
 
     name: str
@@ -28,10 +29,17 @@ class State:
     parameter: bool
     requires_grad: bool
     persistent: bool
+    memory: frozenset[tuple[int, int, int]]
 
     def name_of(self, rank: int | None) -> str:
         """Its name in the program of all ranks: `weight.rank0` of `weight`."""
         return self.name if rank is None else f"{self.name}.rank{rank}"
+
+    def shares_memory_with(self, other: State) -> bool:
+        """Whether a part of it and one of `other` were in the same memory."""
+        return any(
+            a[0] == b[0] and a[1] < b[2] and b[1] < a[2] for a in self.memory for b in other.memory
+        )
 
 
 def states_of(model: nn.Module) -> list[State]:
@@ -41,15 +49,26 @@ def states_of(model: nn.Module) -> list[State]:
         for prefix, module in model.named_modules()
         for name in module._non_persistent_buffers_set
     }
-    found = [
-        State(
-            name, take_apart(p.data if type(p) is nn.Parameter else p), True, p.requires_grad, True
-        )
-        for name, p in model.named_parameters()
-    ]
+    found = []
+    for name, p in model.named_parameters():
+        leaf = take_apart(p.data if type(p) is nn.Parameter else p)
+        found.append(State(name, leaf, True, p.requires_grad, True, _memory(leaf)))
     for name, buffer in model.named_buffers():
-        found.append(State(name, _copied(take_apart(buffer)), False, False, name not in transient))
+        leaf = take_apart(buffer)
+        persistent = name not in transient
+        found.append(State(name, _copied(leaf), False, False, persistent, _memory(leaf)))
     return found
+
+
+def _memory(leaf: Leaf) -> frozenset[tuple[int, int, int]]:
+    found = set()
+    for part in leaf.parts:
+        if part.numel():
+            last = sum((size - 1) * step for size, step in zip(part.shape, part.stride()))
+            start = part.storage_offset() * part.element_size()
+            end = start + (last + 1) * part.element_size()
+            found.add((part.untyped_storage()._cdata, start, end))
+    return frozenset(found)
 
 
 def _copied(leaf: Leaf) -> Leaf:

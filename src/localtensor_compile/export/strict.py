@@ -28,11 +28,14 @@ def require_traceable(
 
         return stop
 
-    torch._dynamo.reset()
+    # A frame of our own, which alone is forgotten: the user may have compiled the model's.
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
     dynamic = dynamic_shapes is not None
     try:
-        torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
+        torch.compile(call, backend=backend, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
     except _Traced:
         pass
     finally:
-        torch._dynamo.reset()
+        torch._dynamo.reset_code(call.__code__)

@@ -23,11 +23,11 @@ def _of_all_ranks(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def export(*args: Any, **kwargs: Any) -> Any:
-        from ...export.flat import is_plain_model
+        from ...export.flat import PlainModule
         from ...export.programs import export_ranked
 
         given = signature.bind(*args, **kwargs).arguments
-        if enabled_local_tensor_mode() is None or is_plain_model(given["mod"]):
+        if enabled_local_tensor_mode() is None or isinstance(given["mod"], PlainModule):
             return original(*args, **kwargs)
         return export_ranked(
             given["mod"],
