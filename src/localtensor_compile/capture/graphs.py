@@ -10,6 +10,9 @@ from typing import Any
 import torch.fx as fx
 
 from ..compile.extract import group_ranks
+from ..draw.dot import dot
+from ..draw.model import Drawing, drawing
+from ..draw.svg import svg
 from ..errors import LocalTensorError
 from ..golden.fold import Family, Folded, GroupNames, Line, fold
 from ..golden.listing import COLLECTIVE, Step, listing
@@ -121,9 +124,12 @@ class CapturedGraphs:
             CaptureError: no such rank.
             ExtractError: an op that cannot be taken apart.
         """
+        self._check_rank(rank)
+        return {title: programs[rank] for title, programs in self._programs.items()}
+
+    def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.world_size:
             raise CaptureError(f"there is no rank {rank} in a world of {self.world_size} ranks.")
-        return {title: programs[rank] for title, programs in self._programs.items()}
 
     def all_ranks(self, frame: int = 0) -> fx.GraphModule:
         """The graph of all ranks, joint if there are gradients; a collective is one node."""
@@ -177,6 +183,41 @@ class CapturedGraphs:
 
     def __str__(self) -> str:
         return write(self.document)
+
+    # ---- drawings
+    def to_svg(self, *, rank: int | None = None) -> str:
+        """A drawing as SVG: ranks side by side, collectives across them, time downwards.
+
+        Of more than 8 ranks those with equal programs share a lane.
+
+        Args:
+            rank: only what this rank runs.
+
+        Raises:
+            CaptureError: no such rank, or only stages that are not drawn.
+        """
+        return svg(self._drawing(rank))
+
+    def to_dot(self, *, rank: int | None = None) -> str:
+        """A drawing as GraphViz source text: ranks as clusters, collectives between them.
+
+        Args:
+            rank: only what this rank runs.
+
+        Raises:
+            CaptureError: no such rank, or only stages that are not drawn.
+        """
+        return dot(self._drawing(rank))
+
+    def _drawing(self, rank: int | None) -> Drawing:
+        if rank is not None:
+            self._check_rank(rank)
+        if not self.document.graphs:
+            raise CaptureError(
+                f"there is no graph to draw: of stage={', '.join(self.stages)} nothing is of each "
+                f"rank. Capture {JOINT!r}, {FORWARD!r} or {BACKWARD!r} too."
+            )
+        return drawing(self.document, self._steps, rank)
 
     @property
     def collectives(self) -> list[Collective]:

@@ -1,4 +1,4 @@
-"""`localtensor graph FILE[:FUNCTION]`: the graphs of all ranks, printed and compared."""
+"""`localtensor graph FILE[:FUNCTION]`: the graphs of all ranks, printed, compared and drawn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_parser(subparsers: Any) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "graph",
-        help="print the graphs of all ranks, or compare them",
+        help="print the graphs of all ranks, compare or draw them",
         description="Capture what a program compiles on simulated ranks and print it folded: a "
         "line per op of all ranks, with what differs between ranks marked. Exit code: 0 fine, 1 "
         "--diff found a difference, 2 the program or the arguments cannot be used.",
@@ -54,6 +54,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--collectives", action="store_true", help="print a table of the collectives instead"
     )
+    for flag, what in (("--svg", "as SVG"), ("--dot", "as GraphViz source text")):
+        parser.add_argument(flag, metavar="FILE", help=f"draw them {what}, instead of printing")
     parser.set_defaults(run=_run)
 
 
@@ -62,6 +64,7 @@ def _run(arguments: argparse.Namespace) -> int:
         graphs = _capture(arguments.program, arguments)
         if arguments.rank is not None:
             graphs.rank(arguments.rank)
+        written = _draw(graphs, arguments)
         if arguments.diff is not None:
             return _diff(graphs, arguments)
     except (ProgramError, CaptureError, ExtractError, GoldenError) as error:
@@ -69,6 +72,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return 2
     if arguments.collectives:
         print("\n".join(collectives_table(graphs)))
+    elif written:
+        pass
     elif arguments.rank is None:
         print(graphs, end="")
         for title, module in graphs.lowered.items():
@@ -80,6 +85,25 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _capture(program: str, arguments: argparse.Namespace) -> CapturedGraphs:
     return capture(load_program(program), arguments.nproc_per_node, stage=arguments.stage)
+
+
+def _draw(graphs: CapturedGraphs, arguments: argparse.Namespace) -> bool:
+    """Write the drawings that were asked for; whether there were any."""
+    drawn = [
+        (file, to_text(rank=arguments.rank))
+        for file, to_text in ((arguments.svg, graphs.to_svg), (arguments.dot, graphs.to_dot))
+        if file is not None
+    ]
+    for file, text in drawn:
+        try:
+            Path(file).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise CaptureError(
+                f"cannot write {file}: {error.strerror}. Name a file in a folder that there is "
+                "and that you may write to."
+            ) from error
+        print(f"wrote {file}")
+    return bool(drawn)
 
 
 def _diff(graphs: CapturedGraphs, arguments: argparse.Namespace) -> int:
