@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from ..check.engines import simulated_world
 from ..check.program import Program, ProgramFunction, World, as_program
 from ..collectives.groups import mesh_groups
+from ..golden.fold import Family
 from .graphs import CapturedGraphs, CaptureError
-from .record import BACKWARD, FORWARD, POST_GRAD, STAGES, Recorder, fresh_compiler
+from .record import BACKWARD, FORWARD, POST_GRAD, STAGES, Recorded, Recorder, fresh_compiler
 
 DEFAULT = (FORWARD, BACKWARD)
 
@@ -30,7 +31,7 @@ def capture(
             captured.
         world_size: number of ranks.
         stage: which graphs to print and compare, of "dynamo", "joint", "forward", "backward" and
-            "post_grad".
+            "post_grad", for which the program runs twice.
         seed: of torch.manual_seed.
         device: where the program's World says tensors go.
 
@@ -45,13 +46,33 @@ def capture(
             f"stage={stage!r}: the stages of a graph are {', '.join(STAGES)}, or a list of them."
         )
     checked = as_program(program)
-    recorder = Recorder(inductor=POST_GRAD in stages)
-    with fresh_compiler(), simulated_world(world_size, seed, torch.device(device)):
-        checked.function(World(world_size, device, recorder.backend))
-        groups = mesh_groups(range(world_size))
+
+    def run(recorder: Recorder) -> Mapping[str, Family]:
+        with fresh_compiler(), simulated_world(world_size, seed, torch.device(device)):
+            checked.function(World(world_size, device, recorder.backend))
+            return mesh_groups(range(world_size))
+
+    recorder = Recorder()
+    groups = run(recorder)
     if not recorder.frames:
         raise CaptureError(
             f"{checked.name} compiled nothing: there is no graph to capture. Hand the function or "
             "module to world.compile(...) and call what it returns."
         )
+    if POST_GRAD in stages:
+        # Inductor decomposes ops before AOTAutograd traces: its graphs are from another run.
+        lowered = Recorder(inductor=True)
+        run(lowered)
+        _add_lowered(checked, recorder.frames, lowered.frames)
     return CapturedGraphs(world_size, stages, recorder.frames, groups)
+
+
+def _add_lowered(program: Program, frames: list[Recorded], lowered: list[Recorded]) -> None:
+    if len(frames) != len(lowered):
+        raise CaptureError(
+            f"{program.name} compiled {len(frames)} graphs, and {len(lowered)} when it ran again "
+            "with Inductor, as stage='post_grad' needs. Make it compile the same each time."
+        )
+    for frame, other in zip(frames, lowered):
+        found = {stage: g for stage, g in other.graphs.items() if stage.startswith(POST_GRAD)}
+        frame.graphs.update(found)

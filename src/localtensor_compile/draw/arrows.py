@@ -85,18 +85,23 @@ def _slots(section: Section, spans: Mapping[Place, Span]) -> dict[Edge, int]:
         for e in section.edges
         if _is_bar(section, e.target) and next_ones.get((e.source, e.lane)) != e.target
     ]
-    aside.sort(key=lambda e: (spans[e.target].top - spans[e.source].top, e.lane, e.source))
+    # The arrows from one mark share their way down.
+    ends: dict[tuple[int, Place], float] = {}
+    for e in aside:
+        key = e.lane, e.source
+        ends[key] = max(ends.get(key, 0.0), spans[e.target].bottom)
+    lengths = {key: end - spans[key[1]].top for key, end in ends.items()}
     taken: dict[tuple[int, int], list[Span]] = {}
-    found: dict[Edge, int] = {}
-    for edge in aside:
-        needed = Span(spans[edge.source].top, spans[edge.target].bottom)
+    slots: dict[tuple[int, Place], int] = {}
+    for lane, source in sorted(lengths, key=lambda key: (lengths[key], key)):
+        needed = Span(spans[source].top, ends[lane, source])
         for slot in range(SLOTS):
-            others = taken.setdefault((edge.lane, slot), [])
+            others = taken.setdefault((lane, slot), [])
             if all(needed.bottom < o.top or o.bottom < needed.top for o in others):
                 others.append(needed)
-                found[edge] = slot
+                slots[lane, source] = slot
                 break
-    return found
+    return {e: slots[e.lane, e.source] for e in aside if (e.lane, e.source) in slots}
 
 
 def _next(section: Section) -> dict[tuple[Place, int], Place]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
+from .fonts import legal
 from .lanes import lane_title
 from .model import Bar, Box, Drawing, Edge, Mark, Place, Section
 from .svg import COLOURS
@@ -121,5 +122,5 @@ def _wrapped(text: str, letters: int = 40, most: int = 4) -> str:
 
 def _quoted(text: str) -> str:
     """A quoted id, in which GraphViz reads no escapes but those that are meant here."""
-    text = text.replace("\\", "\\\\").replace('"', '\\"').replace("\0", "\ufffd")
+    text = legal(text).replace("\\", "\\\\").replace('"', '\\"')
     return '"' + text.replace("\r", "").replace("\n", "\\n") + '"'

@@ -1,7 +1,8 @@
-"""How wide text is, and text that fits a width, without the font at hand."""
+"""Text in drawings: how wide it is, what fits a width, without the font at hand."""
 
 from __future__ import annotations
 
+import re
 import textwrap
 import unicodedata
 
@@ -9,6 +10,15 @@ FONT = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', mo
 
 ELLIPSIS = "\u2026"
 _ADVANCE = 0.61  # of the size: the widest of these fonts, whose characters are all as wide
+
+
+# What XML 1.0 has no way to write.
+_ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def legal(text: str) -> str:
+    """The text with a replacement character for each that a drawing cannot have."""
+    return _ILLEGAL.sub("\ufffd", text)
 
 
 def width(text: str, size: float) -> float:
@@ -22,6 +32,7 @@ def _cells(text: str) -> int:
 
 def fit(text: str, room: float, size: float) -> str:
     """The text, or its beginning and an ellipsis; nothing where not even three letters fit."""
+    room += 0.01  # the widths are sums of fractions
     if width(text, size) <= room:
         return text
     kept = text

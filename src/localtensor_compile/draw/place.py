@@ -101,7 +101,7 @@ class _Page:
         )
         count = len(drawing.lanes)
         self.width = 2 * MARGIN + count * (self.lane_width + self.gutter)
-        self.width = max(self.width + (count - 1) * LANE_GAP, PAGE_NARROWEST)
+        self.width += (count - 1) * LANE_GAP
         self.lanes: list[Item] = []
         self.arrows: list[Arrow] = []
         self.items: list[Item] = []
@@ -259,15 +259,16 @@ class _Page:
 
 # ---------------------------------------------------------------- sizes
 def _lane_width(marks: Iterable[Mark], drawing: Drawing) -> float:
-    """As wide as the widest op and its type; bars have their lanes together."""
+    """As wide as the widest op and its type, if it has one; bars have their lanes together."""
     count = len(drawing.lanes)
-    wanted = [NARROWEST]
+    page = PAGE_NARROWEST - 2 * MARGIN - (count - 1) * LANE_GAP
+    wanted = [NARROWEST, page / count]
     wanted += [width(lane_title(lane), NAME) + 2 * PAD for lane in drawing.lanes]
     for mark in marks:
         if isinstance(mark, Bar):
             first, last = _runs(mark.lanes)[0]
             wanted.append((width(mark.label, NAME) + 2 * PAD) / (last - first + 1))
-        elif mark.kind == OUTPUT:
+        elif mark.kind == OUTPUT or mark.type.startswith("("):
             wanted.append(width(mark.name, NAME) + 2 * PAD)
         elif mark.kind != SEVERAL:
             wanted.append(width(mark.name, NAME) + width(mark.type, SMALL) + 3 * PAD)
