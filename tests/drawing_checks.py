@@ -281,6 +281,7 @@ def _dot_graph(document: Document, dot: str) -> Iterator[str]:
     lane_of: dict[str, tuple[int, ...]] = {}
     bars: dict[str, str] = {}
     edges: list[tuple[str, str]] = []
+    shown: list[tuple[str, str]] = []
     lanes: list[tuple[int, ...]] = []
     lane: tuple[int, ...] = ()
     for line in dot.splitlines():
@@ -292,6 +293,8 @@ def _dot_graph(document: Document, dot: str) -> Iterator[str]:
             lanes.append(lane)
         elif found := re.match(rf"({_STRING}) -> ({_STRING})", line):
             edges.append((found[1], found[2]))
+            if "style=invis" not in line:
+                shown.append((found[1], found[2]))
         elif found := re.match(rf"({_STRING}) \[(?:label=({_STRING}))?", line):
             nodes[found[1]] += 1
             if lane:
@@ -318,7 +321,7 @@ def _dot_graph(document: Document, dot: str) -> Iterator[str]:
         if document.size <= 8:
             linked = {
                 r
-                for edge in edges
+                for edge in shown
                 if name in edge
                 for end in edge
                 for r in lane_of.get(end, _ranks_of(bars.get(end, ""), end, name))

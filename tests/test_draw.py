@@ -6,6 +6,9 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 
 import localtensor_compile as lt
 from localtensor_compile import cli
@@ -203,6 +206,8 @@ def test_lanes_of_many_ranks():
     document, picture, source = drawn(many("{0-18: 4, 19: 3}", "0-18"))
     assert lane_ranks(picture) == ["0-18", "19"]
     assert svg_problems(document, picture) == [] and dot_problems(document, source) == []
+    assert lane_ranks(drawn(many("{0-18: 4, 19: 3}", "0-19"))[1]) == ["0-18", "19"]
+    assert lane_ranks(drawn(many("4", "0-19"))[1]) == ["0-19"]
     _, picture, _ = drawn(many("{rank + 1}", "0-18"))
     assert lane_ranks(picture) == ["0-18", "19"] and ">f32[{rank + 1}]<" in picture
     document, picture, _ = drawn(many("{rank + 1}", "0-18").replace(
@@ -237,6 +242,20 @@ def test_ranks_that_do_not_have_the_line_of_their_group():
     assert svg_problems(document, picture) == [] and dot_problems(document, source) == []
 
 
+def test_ranks_whose_groups_have_several_names():
+    document, picture, source = drawn(
+        "world of 5 ranks\ngroup a: 0-1\ngroup b: 2,4\n\nforward\n    x: f32[4] = input @ 0-2,4\n"
+        "    all_reduce: f32[4] = all_reduce(x, sum, {0-1: a, 2,4: b}) @ 0-2,4  # 16 bytes\n"
+    )
+    assert svg_problems(document, picture) == [] and dot_problems(document, source) == []
+    groups = list(ET.fromstring(picture).iter(f"{SVG}g"))
+    assert [b.get("data-group") for b in of_kind(groups, "bar")] == ["a", "b"]
+    colours = [b.get("class") for b in of_kind(groups, "bar")]
+    legend = [g.get("class") for g in of_kind(groups, "legend") if "bar" in g.get("class")]
+    assert legend == ["legend bar g0", "legend bar g1"] and colours == ["bar g0", "bar g1"]
+    assert [lane.get("data-ranks") for lane in of_kind(groups, "lane")] == ["0", "1", "2", "3", "4"]
+
+
 def test_long_runs_are_one_box():
     ops = "".join(f"    mul_{i}: f32[4] = aten.mul.Tensor(x, {i})\n" for i in range(13))
     ops += "    view: f32[4] = aten.view(x, [4])\n    neg: f32[4] = aten.neg(view)\n"
@@ -247,6 +266,36 @@ def test_long_runs_are_one_box():
     assert "\nmul_12: f32[4] = aten.mul.Tensor(x, 12)\n" in picture
     _, picture, _ = drawn("\n".join(t for t in text.split("\n") if "mul_1" not in t))
     assert " ops<" not in picture and picture.count(">mul</text>") == 2 * 9
+
+
+def late(world, count):
+    """Takes what was first in the last of `count` collectives."""
+
+    def reduced(x):
+        early = [x * n for n in range(2, count + 2)]
+        return [funcol.all_reduce(e, "sum", dist.group.WORLD) for e in reversed(early)]
+
+    return {"out": world.compile(reduced)(torch.ones(2))}
+
+
+def test_arrows_from_further_up_are_beside_the_lane():
+    graphs = lt.capture(functools.partial(late, count=5), 2)
+    root = ET.fromstring(graphs.to_svg())
+    assert svg_problems(graphs.document, root) == [] and lanes_without_arrow(root) == []
+    straight = [points for points in arrows(root) if len(points) == 2]
+    lanes = [rects(g)[0] for g in of_kind(list(root.iter(f"{SVG}g")), "lane")]
+    into_first, out_of_last = straight[:2], straight[2:]
+    assert [(x, x2) for (x, _), (x2, _) in into_first] == [((n.x + n.end) / 2,) * 2 for n in lanes]
+    assert len(out_of_last) == 0  # what is next returns another
+    aside = [points for points in arrows(root) if len(points) > 2]
+    assert len(aside) == 4 * 2 and len({points[1][0] for points in aside}) == 4 * 2
+
+
+def test_longest_arrows_are_left_out():
+    graphs = lt.capture(functools.partial(late, count=6), 2)
+    root = ET.fromstring(graphs.to_svg())
+    assert svg_problems(graphs.document, root) == []
+    assert lanes_without_arrow(root) == ["all_reduce sum of ranks 0", "all_reduce sum of ranks 1"]
 
 
 # ---------------------------------------------------------------- text

@@ -9,10 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
+from .colours import COLOURS, group_colours
 from .fonts import legal
 from .lanes import lane_title
 from .model import Bar, Box, Drawing, Edge, Mark, Place, Section
-from .svg import COLOURS
 
 _HEAD = (
     "  rankdir=TB; newrank=true; compound=true;",
@@ -41,7 +41,7 @@ class _Section:
         self.drawing = drawing
         self.name = f"s{number}"
         self.section = section
-        self.colours = {name: i for i, name in enumerate(sorted(drawing.groups))}
+        self.colours = group_colours(drawing.groups)
 
     def lines(self) -> Iterable[str]:
         yield f'  subgraph "cluster_{self.name}" {{'
@@ -49,7 +49,8 @@ class _Section:
         for lane, ranks in enumerate(self.drawing.lanes):
             yield f'    subgraph "cluster_{self.name}_lane{lane}" {{'
             yield f'      label={_quoted(lane_title(ranks))}; style=filled; color="#f3f4f6";'
-            yield f'      "{self._top(lane)}" [shape=point, style=invis];'
+            # GraphViz leaves out clusters without nodes.
+            yield f'      "{self.name}_lane{lane}" [shape=point, style=invis];'
             for place in self.section.of_lane(lane):
                 mark = self._mark(place)
                 if isinstance(mark, Box):
@@ -69,15 +70,12 @@ class _Section:
     def _id(self, place: Place) -> str:
         return f"{self.name}_r{place[0]}_m{place[1]}"
 
-    def _top(self, lane: int) -> str:
-        return f"{self.name}_lane{lane}"
-
     def _box(self, place: Place, box: Box) -> str:
         label = "\n".join(filter(None, (box.name, _wrapped(box.type))))
         return _node(self._id(place), label, "\n".join(box.details))
 
     def _bar(self, place: Place, bar: Bar) -> str:
-        line, fill = COLOURS[self.colours.get(bar.group, -1) % len(COLOURS)]
+        line, fill = COLOURS[self.colours.get(bar.group, 0)]
         label = "\n".join(filter(None, (bar.label, bar.source)))
         more = f', shape=octagon, penwidth=1.5, color="{line}", fillcolor="{fill}"'
         return _node(self._id(place), label, "\n".join(bar.details), more)
@@ -88,8 +86,6 @@ class _Section:
         for edge in data:
             yield f'"{self._id(edge.source)}" -> "{self._id(edge.target)}";'
         places = self.section.of_lane(lane)
-        if places:
-            yield f'"{self._top(lane)}" -> "{self._id(places[0])}" [style=invis];'
         for above, below in itertools.pairwise(places):
             if Edge(above, below, lane) not in data:
                 style = "invis"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from ..golden.listing import INPUT, OP, OUTPUT
 from ..golden.ranges import rank_set
 from .arrows import Arrow, Span, arrows, gutter_width
+from .colours import group_colours
 from .fonts import fit, width, wrap
 from .lanes import lane_title
 from .model import SEVERAL, Bar, Box, Drawing, Mark, Place, Section, lanes_of_mark
@@ -92,7 +93,7 @@ def placed(drawing: Drawing) -> Page:
 class _Page:
     def __init__(self, drawing: Drawing) -> None:
         self.drawing = drawing
-        self.colours = {name: i for i, name in enumerate(sorted(drawing.groups))}
+        self.colours = group_colours(drawing.groups)
         marks = [m for s in drawing.sections for row in s.rows for m in row]
         self.lane_width = _lane_width(marks, drawing)
         self.rows = [self._rows(section) for section in drawing.sections]
@@ -252,7 +253,7 @@ class _Page:
                 "\n".join([f"{bar.label}", f"groups of ranks: {groups}", *bar.details]),
                 {"op": bar.op, "group": bar.group, "ranks": groups},
                 links,
-                self.colours.get(bar.group, -1),
+                self.colours.get(bar.group, 0),
             )
         )
 

@@ -6,20 +6,10 @@ from collections.abc import Iterable
 from xml.sax.saxutils import escape, quoteattr
 
 from .arrows import Arrow
+from .colours import COLOURS
 from .fonts import FONT, legal
 from .model import Drawing
 from .place import Item, Page, Rect, Text, placed
-
-# Okabe and Ito's colours, which the colour-blind can tell apart: outlines; fills are a tint.
-COLOURS = (
-    ("#0072b2", "#cce3f0"),
-    ("#d55e00", "#f7dfcc"),
-    ("#009e73", "#ccece3"),
-    ("#cc79a7", "#f5e4ed"),
-    ("#e69f00", "#faeccc"),
-    ("#56b4e9", "#ddf0fb"),
-    ("#b8a800", "#fcf9d0"),
-)
 
 _STYLE = f"""\
 text {{ font-family: {FONT}; fill: #1f2328; white-space: pre; }}
@@ -69,7 +59,7 @@ def _page(page: Page) -> Iterable[str]:
 
 
 def _item(item: Item) -> str:
-    kind = item.kind if item.colour is None else f"{item.kind} g{item.colour % len(COLOURS)}"
+    kind = item.kind if item.colour is None else f"{item.kind} g{item.colour}"
     data = "".join(f" data-{name}={_attribute(text)}" for name, text in item.data.items())
     parts = [f'<g class="{kind}"{data}>']
     if item.tooltip:
