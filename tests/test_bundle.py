@@ -357,11 +357,6 @@ def test_another_takes_its_place(bundle):
     assert lt.load_bundle(bundle).world_size == 3
 
 
-def test_values_of_post_grad():
-    with pytest.raises(lt.CaptureError, match="values=True keeps what AOTAutograd's graphs"):
-        lt.capture(programs.mlp, 2, stage="post_grad", values=True)
-
-
 # ---------------------------------------------------------------- lock-step
 WORLD = {"w": (0, 1)}
 

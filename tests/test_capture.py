@@ -1,9 +1,6 @@
 """lt.capture: the graphs are those that real processes compile, line by line; folded; typed."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from localtensor_compile import cli
 from localtensor_compile.golden.fold import GroupNames, fold
 from localtensor_compile.golden.text import line_text, read, write
 from tests import graph_programs as programs
+from tests.hash_seeds import printed
 from tests.parallel import (
     context_parallel,
     data_parallel,
@@ -163,18 +161,8 @@ print(lt.capture(programs.grid, 4))
 
 @pytest.mark.parametrize("seeds", [(1, 2), pytest.param(range(3, 11), marks=slow)])
 def test_text_is_the_same_in_every_process(seeds):
-    texts = {
-        subprocess.run(
-            [sys.executable, "-c", SCRIPT],
-            env={**os.environ, "PYTHONHASHSEED": str(seed)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in seeds
-    }
     here = f"{lt.capture(programs.mlp, 3)}\n{lt.capture(programs.grid, 4)}\n"
-    assert texts == {here}
+    assert printed(SCRIPT, seeds) == {here}
 
 
 def test_text_is_the_same_after_other_compilations():
@@ -238,6 +226,24 @@ def test_what_inductor_compiles():
     assert len(list(found.post_grad().graph.nodes)) > 2
     with pytest.raises(lt.CaptureError, match="there is no post_grad backward graph: capture it"):
         found.post_grad(backward=True)
+    assert found.titles == ("forward",) and list(found.rank(1)) == ["forward"]
+    assert "forward" not in str(found)  # which was not asked for
+
+
+def test_stages_are_the_same_beside_what_inductor_compiles():
+    graphs = lt.capture(programs.mlp, 2, stage=("forward", "backward", "post_grad"))
+    assert str(graphs) == str(lt.capture(programs.mlp, 2))
+    assert list(graphs.lowered) == ["post_grad forward", "post_grad backward"]
+
+
+def test_programs_that_compile_something_else_each_time():
+    runs = iter((1, 2))
+
+    def program(world):
+        return {"x": [world.compile(lambda x: x + 1)(torch.ones(n)) for n in range(next(runs))]}
+
+    with pytest.raises(lt.CaptureError, match="compiled 1 graphs, and 2 when it ran again with In"):
+        lt.capture(program, 2, stage="post_grad")
 
 
 # ---------------------------------------------------------------- errors

@@ -13,6 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.export import AdditionalInputs, Dim, ShapesCollection
 
 import localtensor_compile as lt
+from tests.parallel import exported
 from tests.parallel.harness import draw
 from tests.test_export import assert_same, of_all, of_rank, refused
 
@@ -403,3 +404,12 @@ def test_strict_runs_nothing():
         return len(seen)
 
     assert runs(strict=True) == runs(strict=False)
+
+
+def test_lists_of_numbers_in_a_world_of_one_rank():
+    """The only rank's numbers are everybody's, whatever their dtype."""
+    with lt.LocalTensorMode(1):
+        x = lt.rank_map(lambda rank: torch.ones(3))
+        model = exported.Function(lambda x: x + len(x.tolist()))
+        found = torch.export.export(model, (x,)).module()(x)
+        assert [t.tolist() for t in found._local_tensors.values()] == [[4.0] * 3]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ class Bundle:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._values: dict[int, dict[str, Any]] = {}
         self.manifest = manifest.read(directory)
 
     @property
@@ -38,10 +38,12 @@ class Bundle:
         graph = next(g for g in self.manifest.graphs if g.title == title)
         return torch.export.load(self.directory / graph.part(rank).program)
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019
     def values(self, rank: int) -> dict[str, Any]:
         """Title -> what a rank's program was given, and what it returned."""
-        return torch.load(self.directory / self.manifest.values[rank], weights_only=True)
+        if rank not in self._values:
+            path = self.directory / self.manifest.values[rank]
+            self._values[rank] = torch.load(path, weights_only=True)
+        return self._values[rank]
 
 
 def load_bundle(directory: str | Path, *, any_torch: bool = False) -> Bundle:

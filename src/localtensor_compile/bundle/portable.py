@@ -17,9 +17,10 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from ..compile.extract import group_ranks
+from ..compile.extract import group_ranks, is_group_name
 from ..compile.functional_nodes import message
 from ..compile.fx_graphs import leaves, output_node, placeholders
+from ..golden.listing import values_text
 from .errors import BundleError
 
 _SYMBOL = re.compile(r"\b[suz]\d+\b")
@@ -106,7 +107,7 @@ class _Copy:
             copy = self._add(node, "placeholder", "constant")
             copy.meta.setdefault("val", value)
             self.made.constants[copy.name] = value
-            self.lines.append(_digest(value))
+            self.lines.append(values_text(value))
         else:
             raise BundleError(message(node, f"a {type(value).__name__} cannot be saved"))
 
@@ -131,7 +132,7 @@ class _Copy:
 
     def _numbered(self, argument: Any) -> Any:
         """The name of a group in this program, for one that names its ranks."""
-        if not (isinstance(argument, str) and argument.startswith("ranks:")):
+        if not is_group_name(argument):
             return argument
         ranks = group_ranks(argument)
         if ranks not in self.made.groups:
@@ -186,11 +187,6 @@ def _described(node: fx.Node) -> str:
         else:
             parts.append(str(value))
     return " ".join(parts)
-
-
-def _digest(value: Tensor) -> str:
-    data = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(bytes(data.tolist())).hexdigest()
 
 
 def group_names() -> Iterator[str]:

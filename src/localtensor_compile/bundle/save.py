@@ -125,7 +125,7 @@ class _Bundle:
         values: dict[int, dict[str, Any]] = {rank: {} for rank in range(size)}
         found: list[Graph] = []
         for number, (frame, flat) in enumerate(zip(self.graphs._frames, self.graphs._flat)):
-            suffix = f" {number}" if len(self.graphs._frames) > 1 else ""
+            suffix = self.graphs._suffix(number)
             of_ranks = {
                 r: _rank_graphs(self.graphs.rank(r), frame, flat, r, suffix) for r in values
             }

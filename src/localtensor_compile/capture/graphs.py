@@ -11,7 +11,7 @@ import torch.fx as fx
 
 from ..compile.extract import group_ranks
 from ..draw.dot import dot
-from ..draw.layout import drawing
+from ..draw.model import Drawing, drawing
 from ..draw.svg import svg
 from ..errors import LocalTensorError
 from ..golden.fold import Family, Folded, GroupNames, Line, fold
@@ -77,6 +77,10 @@ class CapturedGraphs:
         self._frames = list(frames)
         self._groups = dict(groups)
 
+    def _suffix(self, frame: int) -> str:
+        """What titles of a frame's graphs end in."""
+        return f" {frame}" if len(self._frames) > 1 else ""
+
     # ---- graphs
     @functools.cached_property
     def _flat(self) -> list[FlatGraph]:
@@ -91,7 +95,7 @@ class CapturedGraphs:
         """Title -> rank -> program."""
         found: dict[str, dict[int, fx.GraphModule]] = {}
         for number, (frame, flat) in enumerate(zip(self._frames, self._flat)):
-            suffix = f" {number}" if len(self._frames) > 1 else ""
+            suffix = self._suffix(number)
             for rank in range(self.world_size):
                 for stage, module in rank_programs(frame, flat, rank).items():
                     found.setdefault(f"{stage}{suffix}", {})[rank] = module
@@ -130,9 +134,12 @@ class CapturedGraphs:
             CaptureError: no such rank.
             ExtractError: an op that cannot be taken apart.
         """
+        self._check_rank(rank)
+        return {title: programs[rank] for title, programs in self._programs.items()}
+
+    def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.world_size:
             raise CaptureError(f"there is no rank {rank} in a world of {self.world_size} ranks.")
-        return {title: programs[rank] for title, programs in self._programs.items()}
 
     def all_ranks(self, frame: int = 0) -> fx.GraphModule:
         """The graph of all ranks, joint if there are gradients; a collective is one node."""
@@ -162,7 +169,7 @@ class CapturedGraphs:
         """Title -> what Inductor compiles; empty without stage="post_grad"."""
         found = {}
         for number, frame in enumerate(self._frames):
-            suffix = f" {number}" if len(self._frames) > 1 else ""
+            suffix = self._suffix(number)
             for title, module in frame.graphs.items():
                 if title.startswith(POST_GRAD):
                     found[f"{title}{suffix}"] = module
@@ -187,17 +194,40 @@ class CapturedGraphs:
     def __str__(self) -> str:
         return write(self.document)
 
+    # ---- drawings
     def to_svg(self, *, rank: int | None = None) -> str:
-        """A drawing as SVG: ranks as lanes, collectives as bars across the lanes of their groups.
+        """A drawing as SVG: ranks side by side, collectives across them, time downwards.
+
+        Of more than 8 ranks those with equal programs share a lane.
 
         Args:
             rank: only what this rank runs.
+
+        Raises:
+            CaptureError: no such rank, or only stages that are not drawn.
         """
-        return svg(drawing(self.document, rank))
+        return svg(self._drawing(rank))
 
     def to_dot(self, *, rank: int | None = None) -> str:
-        """The same for GraphViz."""
-        return dot(drawing(self.document, rank))
+        """A drawing as GraphViz source text: ranks as clusters, collectives between them.
+
+        Args:
+            rank: only what this rank runs.
+
+        Raises:
+            CaptureError: no such rank, or only stages that are not drawn.
+        """
+        return dot(self._drawing(rank))
+
+    def _drawing(self, rank: int | None) -> Drawing:
+        if rank is not None:
+            self._check_rank(rank)
+        if not self.document.graphs:
+            raise CaptureError(
+                f"there is no graph to draw: of stage={', '.join(self.stages)} nothing is of each "
+                f"rank. Capture {JOINT!r}, {FORWARD!r} or {BACKWARD!r} too."
+            )
+        return drawing(self.document, self._steps, rank)
 
     @property
     def collectives(self) -> list[Collective]:

@@ -1,4 +1,4 @@
-"""`localtensor graph FILE[:FUNCTION]`: the graphs of all ranks, printed and compared."""
+"""`localtensor graph FILE[:FUNCTION]`: the graphs of all ranks, printed, compared and drawn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "graph",
-        help="print the graphs of all ranks, or compare them",
+        help="print the graphs of all ranks, compare or draw them",
         description="Capture what a program compiles on simulated ranks and print it folded: a "
         "line per op of all ranks, with what differs between ranks marked. Exit code: 0 fine, 1 "
         "--diff found a difference, 2 the program or the arguments cannot be used.",
@@ -56,8 +56,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--collectives", action="store_true", help="print a table of the collectives instead"
     )
-    parser.add_argument("--svg", metavar="FILE", help="draw: ranks as lanes, collectives as bars")
-    parser.add_argument("--dot", metavar="FILE", help="the same for GraphViz")
+    for flag, what in (("--svg", "as SVG"), ("--dot", "as GraphViz source text")):
+        parser.add_argument(flag, metavar="FILE", help=f"draw them {what}, instead of printing")
     parser.add_argument(
         "--save-bundle",
         metavar="DIR",
@@ -71,18 +71,19 @@ def _run(arguments: argparse.Namespace) -> int:
         graphs = _capture(arguments.program, arguments)
         if arguments.rank is not None:
             graphs.rank(arguments.rank)
-        if arguments.diff is not None:
-            return _diff(graphs, arguments)
+        written = _draw(graphs, arguments)
         if arguments.save_bundle is not None:
             print(f"wrote {save_bundle(graphs, arguments.save_bundle)}")
-        drawn = _draw(graphs, arguments)
-    except (ProgramError, CaptureError, ExtractError, GoldenError, BundleError, OSError) as error:
+            written = True
+        if arguments.diff is not None:
+            return _diff(graphs, arguments)
+    except (ProgramError, CaptureError, ExtractError, GoldenError, BundleError) as error:
         print(f"localtensor graph: {error}", file=sys.stderr)
         return 2
-    if drawn or arguments.save_bundle is not None:
-        return 0
     if arguments.collectives:
         print("\n".join(collectives_table(graphs)))
+    elif written:
+        pass
     elif arguments.rank is None:
         print(graphs, end="")
         for title, module in graphs.lowered.items():
@@ -92,15 +93,6 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _draw(graphs: CapturedGraphs, arguments: argparse.Namespace) -> bool:
-    """Whether there was something to draw."""
-    for file, draw in ((arguments.svg, graphs.to_svg), (arguments.dot, graphs.to_dot)):
-        if file is not None:
-            Path(file).write_text(draw(rank=arguments.rank))
-            print(f"wrote {file}")
-    return arguments.svg is not None or arguments.dot is not None
-
-
 def _capture(program: str, arguments: argparse.Namespace) -> CapturedGraphs:
     return capture(
         load_program(program),
@@ -108,6 +100,25 @@ def _capture(program: str, arguments: argparse.Namespace) -> CapturedGraphs:
         stage=arguments.stage,
         values=arguments.save_bundle is not None,
     )
+
+
+def _draw(graphs: CapturedGraphs, arguments: argparse.Namespace) -> bool:
+    """Write the drawings that were asked for; whether there were any."""
+    drawn = [
+        (file, to_text(rank=arguments.rank))
+        for file, to_text in ((arguments.svg, graphs.to_svg), (arguments.dot, graphs.to_dot))
+        if file is not None
+    ]
+    for file, text in drawn:
+        try:
+            Path(file).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise CaptureError(
+                f"cannot write {file}: {error.strerror}. Name a file in a folder that there is "
+                "and that you may write to."
+            ) from error
+        print(f"wrote {file}")
+    return bool(drawn)
 
 
 def _diff(graphs: CapturedGraphs, arguments: argparse.Namespace) -> int:

@@ -46,13 +46,18 @@ def group_name(ranks: Sequence[int]) -> str:
     return _GROUP + ",".join(map(str, ranks))
 
 
+def is_group_name(value: Any) -> bool:
+    """Whether an argument of a node is a `group_name`."""
+    return isinstance(value, str) and value.startswith(_GROUP)
+
+
 def group_ranks(name: str) -> tuple[int, ...]:
     """The ranks of a `group_name`.
 
     Raises:
         ValueError: any other name.
     """
-    if not name.startswith(_GROUP):
+    if not is_group_name(name):
         raise ValueError(f"{name!r} does not name a group by its ranks.")
     return tuple(int(r) for r in name.removeprefix(_GROUP).split(","))
 
@@ -146,23 +151,21 @@ class _Extraction:
                 start += [node] if self._takes_part(node) else []
             elif node.op == "call_function" and node.is_impure():
                 assertions += [node] if self.owners[node] in ({self.rank}, SHARED) else []
-        found: set[fx.Node] = set()
-        self._collect(start, found)
+        found = self._behind(start, set())
         for node in assertions:
-            known = set(found)
             try:
-                self._collect([node], known)
+                found |= self._behind([node], found)
             except ExtractError:
                 continue  # about sizes that only other ranks have: they assert it
-            found = known
         return found
 
-    def _collect(self, start: list[fx.Node], found: set[fx.Node]) -> None:
-        """Add to `found` what the rank has to run for some nodes."""
+    def _behind(self, start: list[fx.Node], known: set[fx.Node]) -> set[fx.Node]:
+        """What the rank has to run for some nodes, without what is `known`."""
+        found: set[fx.Node] = set()
         left = list(start)
         while left:
             node = left.pop()
-            if node in found:
+            if node in found or node in known:
                 continue
             found.add(node)
             if self._is_size_of_another(node):
@@ -170,6 +173,7 @@ class _Extraction:
                 left.append(self.sizes[node][0])
             else:
                 left += self._operands(node) if is_for_all(node) else node.all_input_nodes
+        return found
 
     def _is_size_of_another(self, node: fx.Node) -> bool:
         """Whether a node is a size of another rank's tensor, which equals one of this rank's."""

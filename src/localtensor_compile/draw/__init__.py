@@ -1,1 +1,1 @@
-"""Drawings of captured graphs: what is drawn (layout.py), as SVG and for GraphViz."""
+"""Drawings of captured graphs: what is drawn (model.py), as GraphViz text (dot.py) and as SVG."""

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.fx as fx
 
 from .._torch import process_group_named, register_process_group
-from ..compile.extract import group_name, group_ranks
+from ..compile.extract import group_name, group_ranks, is_group_name
 from ..errors import WorldError
 
 
@@ -20,7 +20,7 @@ def groups_in(module: fx.GraphModule) -> list[tuple[int, ...]]:
         if isinstance(part, fx.GraphModule):
             for node in part.graph.nodes:
                 for value in (*node.args, *node.kwargs.values()):
-                    if isinstance(value, str) and value.startswith("ranks:"):
+                    if is_group_name(value):
                         found.add(value)
     return sorted(group_ranks(name) for name in found)
 

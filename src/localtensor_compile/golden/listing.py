@@ -182,7 +182,7 @@ class _Listing:
             self.steps.append(Step(OP, "subgraph", (), (), None, name))
             return
         value = node.meta.get("val", held)
-        shown = (Word(_values(held)),) if isinstance(held, Tensor) else ()
+        shown = (Word(values_text(held)),) if isinstance(held, Tensor) else ()
         self.steps.append(Step(OP, "constant", shown, (), self._type(value), name))
 
     def _arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
@@ -252,7 +252,7 @@ def _flat_type(kind: Type) -> TensorType | str | None:
     return "list" if isinstance(kind, tuple) else kind
 
 
-def _values(tensor: Tensor) -> str:
+def values_text(tensor: Tensor) -> str:
     """Few values as they are, many by a hash."""
     if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
         return "..."

@@ -40,21 +40,20 @@ def replay(bundle: Bundle) -> list[Replayed]:
     results: dict[str, dict[int, list[Any]]] = {}
     found = []
     for graph in bundle.manifest.graphs:
-        programs, inputs, groups, generators = {}, {}, {}, {}
-        for rank in ranks:
-            program = bundle.program(graph.title, rank)
-            values = bundle.values(rank)[graph.title]
-            before = results.get(graph.forward or "", {}).get(rank, [])
-            inputs[rank] = given(graph, rank, values["given"], before)
-            programs[rank] = flat_module(program, inputs[rank])
-            groups[rank] = graph.part(rank).groups[rank]
-            generators[rank] = values["generator"]
-        made, count = run_in_lockstep(
-            {r: module for r, (module, _) in programs.items()},
-            {r: arguments for r, (_, arguments) in programs.items()},
-            groups,
-            generators,
-        )
+        inputs, groups, generators = {}, {}, {}
+        programs: dict[int, fx.GraphModule] = {}
+        arguments: dict[int, list[Any]] = {}
+        for part in graph.parts:
+            program = bundle.program(graph.title, part.ranks[0])  # the same for all of them
+            constants = constants_of(program)
+            for rank in part.ranks:
+                values = bundle.values(rank)[graph.title]
+                before = results.get(graph.forward or "", {}).get(rank, [])
+                inputs[rank] = given(graph, rank, values["given"], before)
+                arguments[rank] = [*constants, *inputs[rank]]
+                programs[rank], groups[rank] = program.graph_module, part.groups[rank]
+                generators[rank] = values["generator"]
+        made, count = run_in_lockstep(programs, arguments, groups, generators)
         results[graph.title] = made
         outcomes = tuple(
             outcome(graph.title, r, bundle.values(r)[graph.title], inputs[r], made[r])
@@ -77,13 +76,10 @@ def given(graph: Graph, rank: int, values: Sequence[Any], forward: Sequence[Any]
     ]
 
 
-def flat_module(
-    program: ExportedProgram, inputs: Sequence[Any]
-) -> tuple[fx.GraphModule, list[Any]]:
-    """The graph of a program, and the values of its placeholders: constants, then inputs."""
-    constants = [
+def constants_of(program: ExportedProgram) -> list[Any]:
+    """The values of the placeholders that come before the inputs."""
+    return [
         program.constants[spec.target]
         for spec in program.graph_signature.input_specs
         if spec.kind.name == "CONSTANT_TENSOR"
     ]
-    return program.graph_module, [*constants, *inputs]

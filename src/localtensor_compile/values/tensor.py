@@ -179,7 +179,7 @@ class LocalTensor(Tensor):
         first = next(iter(shards.values()))
         # Values are not known while a program is traced: then every rank has numbers of its own.
         traced = tracing_active()
-        if not traced and all(same_values(first, t) for t in shards.values()):
+        if all(t is first or (not traced and same_values(first, t)) for t in shards.values()):
             return first.tolist()
         integral = not (
             first.is_floating_point() or first.is_complex() or first.dtype == torch.bool
