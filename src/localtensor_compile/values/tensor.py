@@ -29,8 +29,9 @@ from .._torch import (
 from ..errors import ShardError, UnsupportedError, per_rank_text
 from .equal import reconcile_when_run, require_equal, same_values
 from .int_node import LocalIntNode, make_int
-from .op_table import _chosen, handler_of
+from .op_table import _chosen, handler_of, on_stacks
 from .rank_node import LocalNode
+from .stack import ShardsOfStack, StackedRanks, made, rank_set
 
 _PREFIX = "_local_tensor_"
 
@@ -62,7 +63,7 @@ class LocalTensor(Tensor):
             disagree in dtype, device, layout, number of dimensions or conj/neg bit.
     """
 
-    _local_tensors: dict[int, Tensor]
+    _local_tensors: Mapping[int, Tensor]
     _ranks: frozenset[int]
     _size: tuple[Any, ...]
     _stride: tuple[Any, ...]
@@ -83,8 +84,11 @@ class LocalTensor(Tensor):
 
     # ---- the protocol of traceable wrapper subclasses
     def __tensor_flatten__(self) -> tuple[list[str], tuple[int, ...]]:
-        """One attribute per rank, in rank order, and the ranks as constant metadata."""
-        ranks = tuple(self._local_tensors)
+        """One attribute per rank, in rank order, or the one stack; the ranks are metadata."""
+        shards = self._local_tensors
+        if type(shards) is ShardsOfStack:
+            return ["_stack"], StackedRanks(shards.ranks)
+        ranks = tuple(shards)
         return [f"{_PREFIX}{r}" for r in ranks], ranks
 
     @staticmethod
@@ -95,6 +99,8 @@ class LocalTensor(Tensor):
         outer_stride: Any,
     ) -> LocalTensor:
         """Sizes are those of the shards; `outer_size` only tells which symbols stand for them."""
+        if type(flatten_spec) is StackedRanks:
+            return _wrap_stacked(inner_tensors["_stack"], tuple(flatten_spec))
         result = _wrap({r: inner_tensors[f"{_PREFIX}{r}"] for r in flatten_spec})
         if outer_size is not None:
             mine_all = (*result._size, *result._stride)
@@ -110,11 +116,12 @@ class LocalTensor(Tensor):
 
     def _stable_hash_for_caching(self) -> str:
         """What compiled code depends on, as text that is the same in every process."""
+        first, held = self._one, self._local_tensors
+        inner = [(held.ranks, first)] if isinstance(held, ShardsOfStack) else list(held.items())
         shards = [
             (r, type(t).__name__, str(tuple(t.shape)), str(t.stride()), str(t.storage_offset()))
-            for r, t in self._local_tensors.items()
+            for r, t in inner
         ]
-        first = next(iter(self._local_tensors.values()))
         kind = (str(self.dtype), str(self.device), str(self.layout), str(_extra_keys(first)))
         text = f"LocalTensor;{kind};{shards};{self.requires_grad};{cache_key_context()}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -146,7 +153,30 @@ class LocalTensor(Tensor):
             handler = handler_of(func)
         # A function mode that backward put back must not see every op on every shard.
         with _NoTorchFunction():
+            if made.any:
+                return on_stacks.run(handler, func, args, kwargs or {})
             return handler(func, args, kwargs or {})
+
+    # ---- the stacked layout
+    @property
+    def _stack(self) -> Tensor:
+        """The shards of all ranks in one tensor, in the stacked layout. AOTAutograd replaces it."""
+        shards = self._local_tensors
+        if type(shards) is ShardsOfStack:
+            return shards.stack
+        raise AttributeError("this LocalTensor holds a tensor per rank, not one stack of them")
+
+    @_stack.setter
+    def _stack(self, value: Tensor) -> None:
+        self._local_tensors = ShardsOfStack(value, tuple(self._local_tensors))
+
+    @property
+    def _one(self) -> Tensor:
+        """A tensor that is of the kind of all shards: the stack, or one shard."""
+        shards = self._local_tensors
+        if type(shards) is ShardsOfStack:
+            return shards.stack
+        return next(iter(shards.values()))
 
     # ---- looking at values
     def reconcile(self) -> Tensor:
@@ -191,6 +221,8 @@ class LocalTensor(Tensor):
 
     def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
         """Whether the shards of all ranks are contiguous."""
+        if type(self._local_tensors) is ShardsOfStack:
+            return Tensor.is_contiguous(self, memory_format=memory_format)
         return all(
             t.is_contiguous(memory_format=memory_format) for t in self._local_tensors.values()
         )
@@ -241,8 +273,12 @@ class LocalTensor(Tensor):
                 "Only Tensors created explicitly by the user (graph leaves) support the deepcopy "
                 "protocol at the moment. Detach the LocalTensor first."
             )
-        shards = {r: copy.deepcopy(t, memo) for r, t in self._local_tensors.items()}
-        result = _wrap(shards, self.requires_grad)
+        held = self._local_tensors
+        if type(held) is ShardsOfStack:
+            result = _wrap_stacked(copy.deepcopy(held.stack, memo), held.ranks, self.requires_grad)
+        else:
+            shards = {r: copy.deepcopy(t, memo) for r, t in held.items()}
+            result = _wrap(shards, self.requires_grad)
         memo[id(self)] = result
         if self.grad is not None:
             result.grad = copy.deepcopy(self.grad, memo)
@@ -253,7 +289,10 @@ class LocalTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         extra = {k: v for k, v in self.__dict__.items() if k not in _OWN_ATTRIBUTES}
-        return _rebuild, (dict(self._local_tensors), self.requires_grad, extra)
+        held = self._local_tensors
+        if type(held) is ShardsOfStack:
+            return _rebuild_stacked, (held.stack, held.ranks, self.requires_grad, extra)
+        return _rebuild, (dict(held), self.requires_grad, extra)
 
     def _sync_meta(self) -> None:
         """Take size, stride and offset from the shards again, after an op changed them in place."""
@@ -274,7 +313,8 @@ def _shard_property(rank: int) -> property:
             ) from None
 
     def replace(self: LocalTensor, value: Tensor) -> None:
-        self._local_tensors[rank] = value
+        shards: Any = self._local_tensors
+        shards[rank] = value
 
     return property(shard, replace, doc=f"The shard of rank {rank}. AOTAutograd replaces it.")
 
@@ -296,6 +336,14 @@ _OWN_ATTRIBUTES = ("_local_tensors", "_ranks", "_size", "_stride")
 
 def _rebuild(shards: dict[int, Tensor], requires_grad: bool, extra: dict[str, Any]) -> LocalTensor:
     result = _wrap(_checked_shards(shards), requires_grad)
+    result.__dict__.update(extra)
+    return result
+
+
+def _rebuild_stacked(
+    stack: Tensor, ranks: tuple[int, ...], requires_grad: bool, extra: dict[str, Any]
+) -> LocalTensor:
+    result = _wrap_stacked(stack, ranks, requires_grad)
     result.__dict__.update(extra)
     return result
 
@@ -360,12 +408,14 @@ def _checked_shards(local_tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
     return shards
 
 
-def _wrap(shards: dict[int, Tensor], requires_grad: bool = False) -> LocalTensor:
+def _wrap(shards: Mapping[int, Tensor], requires_grad: bool = False) -> LocalTensor:
     """A LocalTensor of shards that are known to be plain tensors, in rank order.
 
     Raises:
         ShardError: the shards disagree in dtype, device, layout, dimensions or conj/neg bit.
     """
+    if type(shards) is ShardsOfStack:
+        return _wrap_stacked(shards.stack, shards.ranks, requires_grad)
     it = iter(shards.values())
     first = next(it)
     dtype, device, layout, keys = first.dtype, first.device, first.layout, _extra_keys(first)
@@ -410,6 +460,33 @@ def _wrap(shards: dict[int, Tensor], requires_grad: bool = False) -> LocalTensor
     )
     result._local_tensors = shards
     result._ranks = frozenset(shards)
+    result._size = shape
+    result._stride = stride
+    return result
+
+
+def _wrap_stacked(
+    stack: Tensor, ranks: tuple[int, ...], requires_grad: bool = False
+) -> LocalTensor:
+    """A LocalTensor of a stack [ranks, *local], a plain tensor whose rows are the shards.
+
+    The wrapper has the storage offset of the first rank's shard, which counts for all ranks: the
+    shards of the others lie a stride further each.
+    """
+    shape, stride = stack.shape[1:], stack.stride()[1:]
+    result = Tensor._make_wrapper_subclass(
+        LocalTensor,
+        shape,
+        strides=stride,
+        storage_offset=stack.storage_offset(),
+        dtype=stack.dtype,
+        device=stack.device,
+        layout=stack.layout,
+        requires_grad=requires_grad,
+        _extra_dispatch_keys=_extra_keys(stack),
+    )
+    result._local_tensors = ShardsOfStack(stack, ranks)
+    result._ranks = rank_set(ranks)
     result._size = shape
     result._stride = stride
     return result
@@ -482,4 +559,4 @@ def _zip_lists(lists: dict[int, Any]) -> Any:
     return make_int(lists)
 
 
-torch.serialization.add_safe_globals([LocalTensor, _rebuild])
+torch.serialization.add_safe_globals([LocalTensor, _rebuild, _rebuild_stacked])
