@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet
 
 from .._torch import (
-    AsyncCollectiveTensor,
     FakeTensor,
     FunctionalTensor,
     disable_dynamo,
@@ -26,11 +24,12 @@ from .._torch import (
     own_frame_never_compiled,
     tracing_active,
 )
-from ..errors import ShardError, UnsupportedError, per_rank_text
+from ..errors import UnsupportedError
 from .equal import reconcile_when_run, require_equal, same_values
 from .int_node import LocalIntNode, make_int
 from .op_table import _chosen, handler_of, on_stacks
 from .rank_node import LocalNode
+from .shard_checks import NO_KEYS, SHARD_TYPES, checked, disagreement, extra_keys
 from .stack import ShardsOfStack, StackedRanks, made, rank_set
 
 _PREFIX = "_local_tensor_"
@@ -38,9 +37,6 @@ _PREFIX = "_local_tensor_"
 cache_key_context: Callable[[], str] = str
 """Text about the world that compiled code depends on; set by collectives.groups."""
 
-# Tensor types that may be a shard.
-_SHARD_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor)
-_NO_KEYS = DispatchKeySet.from_raw_repr(0)
 _NoTorchFunction = torch._C.DisableTorchFunction
 
 
@@ -122,7 +118,7 @@ class LocalTensor(Tensor):
             (r, type(t).__name__, str(tuple(t.shape)), str(t.stride()), str(t.storage_offset()))
             for r, t in inner
         ]
-        kind = (str(self.dtype), str(self.device), str(self.layout), str(_extra_keys(first)))
+        kind = (str(self.dtype), str(self.device), str(self.layout), str(extra_keys(first)))
         text = f"LocalTensor;{kind};{shards};{self.requires_grad};{cache_key_context()}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -146,7 +142,7 @@ class LocalTensor(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         for t in types:
-            if t is not cls and t not in _SHARD_TYPES:
+            if t is not cls and t not in SHARD_TYPES:
                 return _defer(func, types, args, kwargs or {})
         handler = _chosen.get(func)
         if handler is None:
@@ -351,12 +347,12 @@ def _rebuild_stacked(
 def _defer(func: Any, types: tuple[type, ...], args: Any, kwargs: Any) -> Any:
     """Give the other tensor subclass in the call its turn, and explain when it takes none."""
     for other in types:
-        if other is LocalTensor or other in _SHARD_TYPES:
+        if other is LocalTensor or other in SHARD_TYPES:
             continue
         result = other.__torch_dispatch__(func, types, args, kwargs)  # type: ignore[attr-defined]
         if result is not NotImplemented:
             return result
-    names = sorted({t.__name__ for t in types if t is not LocalTensor and t not in _SHARD_TYPES})
+    names = sorted({t.__name__ for t in types if t is not LocalTensor and t not in SHARD_TYPES})
     raise UnsupportedError(
         f"{func} got a LocalTensor together with {', '.join(names)}, and neither knows the other. "
         f"Make a LocalTensor of plain tensors and put it inside {names[0]}, or convert "
@@ -366,43 +362,8 @@ def _defer(func: Any, types: tuple[type, ...], args: Any, kwargs: Any) -> Any:
 
 def _checked_shards(local_tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Rank -> shard in rank order, after every check that ops on good shards need not repeat."""
-    if not local_tensors:
-        raise ShardError(
-            "LocalTensor needs the shard of at least one rank, but got none. "
-            "Give it a dict {rank: tensor}."
-        )
-    bad_ranks = [r for r in local_tensors if not isinstance(r, int) or isinstance(r, bool) or r < 0]
-    if bad_ranks:
-        raise ShardError(f"ranks are ints from 0 up, but LocalTensor got {bad_ranks!r}.")
-    shards: dict[int, Tensor] = {}
-    for rank in sorted(local_tensors):
-        shard = local_tensors[rank]
-        if isinstance(shard, AsyncCollectiveTensor):
-            shard = shard.wait()
-        if isinstance(shard, LocalTensor):
-            raise ShardError(
-                f"the shard of rank {rank} is a LocalTensor itself (of ranks "
-                f"{list(shard._local_tensors)}). A LocalTensor holds plain tensors: inside "
-                "LocalTensorMode factories make LocalTensors, so build shards with "
-                "rank_map(lambda rank: ...) or under mode.disable()."
-            )
-        if not isinstance(shard, Tensor):
-            raise ShardError(
-                f"the shard of rank {rank} is no tensor but {type(shard).__name__}. "
-                "Wrap numbers with torch.tensor(...)."
-            )
-        if type(shard) not in _SHARD_TYPES:
-            raise ShardError(
-                f"the shard of rank {rank} is of the tensor subclass {type(shard).__name__}, which "
-                "LocalTensor does not know how to run per rank. Put the LocalTensor inside "
-                f"{type(shard).__name__} instead, or convert the shard to a plain tensor."
-            )
-        if shard.requires_grad:
-            raise ShardError(
-                f"the shard of rank {rank} requires grad. Autograd works on the LocalTensor, not "
-                "on its shards: detach the shards and pass LocalTensor(..., requires_grad=True)."
-            )
-        shards[rank] = shard
+    shards = checked(local_tensors)
+    for rank in shards:
         if rank >= 64:
             _define_rank(rank)
     return shards
@@ -418,30 +379,30 @@ def _wrap(shards: Mapping[int, Tensor], requires_grad: bool = False) -> LocalTen
         return _wrap_stacked(shards.stack, shards.ranks, requires_grad)
     it = iter(shards.values())
     first = next(it)
-    dtype, device, layout, keys = first.dtype, first.device, first.layout, _extra_keys(first)
+    dtype, device, layout, keys = first.dtype, first.device, first.layout, extra_keys(first)
     if type(first) is Tensor:
         shape, stride, offset = first.shape, first.stride(), first.storage_offset()
         even = True
         for t in it:
             if t.dtype is not dtype or t.device != device or t.layout is not layout:
-                raise _disagreement(shards)
-            if t.is_neg() or t.is_conj() or keys is not _NO_KEYS:
-                if _extra_keys(t) != keys:
-                    raise _disagreement(shards)
+                raise disagreement(shards)
+            if t.is_neg() or t.is_conj() or keys is not NO_KEYS:
+                if extra_keys(t) != keys:
+                    raise disagreement(shards)
             if t.shape != shape or t.stride() != stride or t.storage_offset() != offset:
                 even = False
     else:
         even = False
         for t in it:
             if t.dtype is not dtype or t.device != device or t.layout is not layout:
-                raise _disagreement(shards)
-            if _extra_keys(t) != keys:
-                raise _disagreement(shards)
+                raise disagreement(shards)
+            if extra_keys(t) != keys:
+                raise disagreement(shards)
     if not even:
         traced = isinstance(first, (FakeTensor, FunctionalTensor))
         ndim = first.dim()
         if any(t.dim() != ndim for t in shards.values()):
-            raise _disagreement(shards)
+            raise disagreement(shards)
         items = shards.items()
         shape = tuple(make_int({r: t.shape[d] for r, t in items}, traced) for d in range(ndim))
         strides = {r: t.stride() for r, t in items}
@@ -483,7 +444,7 @@ def _wrap_stacked(
         device=stack.device,
         layout=stack.layout,
         requires_grad=requires_grad,
-        _extra_dispatch_keys=_extra_keys(stack),
+        _extra_dispatch_keys=extra_keys(stack),
     )
     result._local_tensors = ShardsOfStack(stack, ranks)
     result._ranks = rank_set(ranks)
@@ -520,36 +481,6 @@ def _wrap_fresh(shards: dict[int, Tensor], ranks: frozenset[int]) -> LocalTensor
     result._size = shape
     result._stride = stride
     return result
-
-
-def _extra_keys(t: Tensor) -> DispatchKeySet:
-    keys = _NO_KEYS
-    if t.is_neg():
-        keys = keys.add(DispatchKey.Negative)
-    if t.is_conj():
-        keys = keys.add(DispatchKey.Conjugate)
-    return keys
-
-
-def _disagreement(shards: Mapping[int, Tensor]) -> ShardError:
-    for what, read in _MUST_AGREE:
-        values = {r: read(t) for r, t in shards.items()}
-        if len(set(values.values())) > 1:
-            return ShardError(
-                f"the shards of one LocalTensor must have the same {what}, but they have "
-                f"{per_rank_text(values)}. Sizes may differ between ranks, the {what} may not."
-            )
-    return ShardError("the shards of one LocalTensor disagree.")  # only reached on a race
-
-
-_MUST_AGREE: tuple[tuple[str, Any], ...] = (
-    ("dtype", lambda t: t.dtype),
-    ("device", lambda t: t.device),
-    ("layout", lambda t: t.layout),
-    ("number of dimensions", lambda t: t.dim()),
-    ("conjugate bit", lambda t: t.is_conj()),
-    ("negative bit", lambda t: t.is_neg()),
-)
 
 
 def _zip_lists(lists: dict[int, Any]) -> Any:
