@@ -112,9 +112,11 @@ def _arithmetic(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str
     name = schema.name.removeprefix("aten::")
     inplace = name.endswith("_")
     base = name.rstrip("_")
-    if func.namespace != "aten" or base not in _OPERANDS or kwargs.get("alpha", 1) != 1:
+    if func.namespace != "aten" or base not in _OPERANDS:
         return NotImplemented
     if any(number_values(v, ranks) is not None for v in kwargs.values()):
+        return NotImplemented
+    if kwargs.get("alpha", 1) != 1:
         return NotImplemented
     tensors = [a for a in args if type(a) is LocalTensor or _is_operand(a)]
     operands = [t for t in tensors if not (base == "where" and t is args[0])]
@@ -155,6 +157,14 @@ def _arithmetic(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str
 
 def _is_operand(value: Any) -> bool:
     return isinstance(value, Tensor) and per_rank_values(value) is None
+
+
+def _subtracted(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """rsub: number - tensor."""
+    x, number, *alpha = args
+    if alpha or kwargs or x.dtype is torch.bool:
+        return NotImplemented
+    return _arithmetic(aten.sub.Tensor, ranks, (number, x), {})
 
 
 def _fill(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -346,9 +356,12 @@ def _select_scatter(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict
 
 
 def _written(ranks: Ranks, x: Any, source: Any, part: Any, dropped: bool = False) -> Any:
-    if part is None or type(source) is not LocalTensor or source.dtype is not x.dtype:
+    if part is None or source.dtype is not x.dtype:
         return NotImplemented
-    stack = _stack(source)
+    if type(source) is LocalTensor:
+        stack = _stack(source)
+    else:  # autograd's zeros
+        stack = source.unsqueeze(0).expand(len(ranks), *source.shape)
     if dropped:
         stack = stack.unsqueeze(part.dim)
     if stack.dim() != x.dim() + 1 or stack.shape[part.dim] != part.length:
@@ -364,6 +377,7 @@ _BY_NUMBER: dict[Any, _Rule] = {
     aten.masked_fill.Scalar: _masked_fill,
     aten.masked_fill_.Scalar: _masked_fill,
     aten.narrow_copy.default: _narrow_copy,
+    aten.rsub.Scalar: _subtracted,
     aten.select.int: _select,
     aten.select_backward.default: _select_backward,
     aten.select_copy.int: _select_copy,

@@ -6,6 +6,7 @@ Results are fresh memory. Just before Inductor they become index arithmetic (com
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def step_of(starts: Sequence[int]) -> int | None:
     if len(starts) < 2:
         return 0
     step = starts[1] - starts[0]
-    return step if all(b - a == step for a, b in zip(starts, starts[1:])) else None
+    return step if all(b - a == step for a, b in itertools.pairwise(starts)) else None
 
 
 def strided(stack: Tensor, dim: int, starts: Sequence[int], length: Any) -> Tensor | None:
