@@ -25,7 +25,7 @@ from ..values.ranked import (
     pick,
     require_one_structure,
 )
-from ..values.stack import made
+from ..values.stack import ShardsOfStack, made
 from ..values.tensor import LocalTensor, _checked_shards, _wrap
 from .state import enabled_local_tensor_mode
 
@@ -142,7 +142,21 @@ def for_each_rank(
             results[r] = mode._on_rank(r, func, *rank_args, **rank_kwargs)
     if not alias:
         results = _resolved_alike(results)
-    return combine(results, getattr(func, "__name__", str(func)) + "()")
+    result = combine(results, getattr(func, "__name__", str(func)) + "()")
+    return pytree.tree_map(_off_the_stack, result) if made.any else result
+
+
+def _off_the_stack(value: Any) -> Any:
+    """A LocalTensor of rows of a stack that are not alike, in memory of its own.
+
+    Its ranks would have a storage offset each, which a compiled function cannot take.
+    """
+    if not isinstance(value, LocalTensor) or type(value._local_tensors) is ShardsOfStack:
+        return value
+    shards = value._local_tensors
+    if len({t.storage_offset() for t in shards.values()}) == 1:
+        return value
+    return _wrap({r: t.clone() for r, t in shards.items()})
 
 
 def _resolved_alike(results: dict[int, Any]) -> dict[int, Any]:
