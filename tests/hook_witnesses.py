@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from localtensor_compile import LocalTensor, LocalTensorError, LocalTensorMode, World, rank_map
+from localtensor_compile.world.factories import FactoryMode
 from tests.parallel import data_parallel, dtensor_random
 from tests.witnesses import CACHEABLE, Witnesses, require_cacheable
 
@@ -732,3 +734,25 @@ def factories_in_a_checkpoint() -> None:
     x = rank_map(lambda r: torch.ones(1 + r)).requires_grad_()
     out = _compiled(lambda x: checkpoint(inner, x, use_reentrant=False), x)
     same(out.detach(), *([float(k) for k in range(1 + r)] for r in range(WORLD)))
+
+
+# ---------------------------------------------------------------- Inductor
+
+
+@needs("CompiledFxGraph.__call__")
+def kernel_calls_pass_no_function_mode() -> None:
+    seen: list[Any] = []
+    original = FactoryMode.__torch_function__
+
+    def spy(self: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(func)
+        return original(self, func, *args, **kwargs)
+
+    loss = torch.compile(lambda x: (x @ x).sum(), fullgraph=True)
+    x = torch.ones(64, 64, requires_grad=True)
+    loss(x).backward()
+    out = loss(x)
+    with mock.patch.object(FactoryMode, "__torch_function__", spy):
+        out.backward()
+    assert seen
+    assert torch.mm not in seen

@@ -387,3 +387,9 @@ def test_dtensor_of_a_replicated_plain_tensor():
         d = distribute_tensor(plain, mesh, [Replicate()])
         with mode.disable():
             assert torch.equal(d.to_local(), torch.arange(4.0))
+
+
+def test_torch_profiler_inside():
+    with lt.LocalTensorMode(2), torch.profiler.profile() as profile:
+        torch.ones(3) + 1
+    assert any(event.name == "aten::add" for event in profile.events())

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._torch import is_functorch_wrapped_tensor
 from ..values.op_table import handler_of
-from ..values.rank_node import LocalNode
 from ..values.ranked import ranks_of
+from ..values.tensor import sizes_differ
 
 
 class RankSizes(TorchDispatchMode):
@@ -48,7 +48,7 @@ def replacements() -> list[tuple[Any, str, Any]]:
 
     @functools.wraps(original)
     def engine_run_backward(roots: Any, *args: Any, **kwargs: Any) -> Any:
-        if not LocalNode.any_made or all(map(_is_plain, roots)):
+        if not sizes_differ.ever or all(map(_is_plain, roots)):
             return original(roots, *args, **kwargs)
         with RankSizes():
             return original(roots, *args, **kwargs)

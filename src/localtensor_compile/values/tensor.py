@@ -28,7 +28,7 @@ from ..errors import UnsupportedError
 from .equal import reconcile_when_run, require_equal, same_values
 from .int_node import LocalIntNode, make_int
 from .op_table import _chosen, handler_of, on_stacks
-from .rank_node import LocalNode
+from .rank_node import LocalNode, is_ranked
 from .shard_checks import NO_KEYS, SHARD_TYPES, checked, disagreement, extra_keys
 from .stack import ShardsOfStack, StackedRanks, made, rank_set
 
@@ -38,6 +38,15 @@ cache_key_context: Callable[[], str] = str
 """Text about the world that compiled code depends on; set by collectives.groups."""
 
 _NoTorchFunction = torch._C.DisableTorchFunction
+
+
+class _SizesDiffer:
+    """Whether this process ever made a LocalTensor whose shards differ in size or stride."""
+
+    ever = False
+
+
+sizes_differ = _SizesDiffer()
 
 
 class LocalTensor(Tensor):
@@ -410,6 +419,8 @@ def _wrap(shards: Mapping[int, Tensor], requires_grad: bool = False) -> LocalTen
         strides = {r: t.stride() for r, t in items}
         stride = tuple(make_int({r: s[d] for r, s in strides.items()}, traced) for d in range(ndim))
         offset = make_int({r: t.storage_offset() for r, t in items}, traced)
+        if not sizes_differ.ever and any(map(is_ranked, (*shape, *stride))):
+            sizes_differ.ever = True
     result = Tensor._make_wrapper_subclass(
         LocalTensor,
         shape,

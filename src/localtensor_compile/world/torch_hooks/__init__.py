@@ -30,6 +30,7 @@ MISSING: Any = object()
 def all_replacements() -> Iterator[Replacement]:
     """Every (owner, attribute, replacement), built fresh from what torch has now."""
     from . import (
+        artifacts,
         autograd,
         checkpoint,
         collectives,
@@ -45,6 +46,7 @@ def all_replacements() -> Iterator[Replacement]:
 
     # factories.py wraps what random.py has replaced.
     for module in (
+        artifacts,
         autograd,
         distributed,
         collectives,

@@ -134,6 +134,7 @@ _ASKS_FOR_PROCESS = (
     "torch.distributed.elastic",
     "torch.distributed.logging_handlers",
     "torch.distributed.tensor.debug",
+    "torch.profiler",
 )
 _TRANSPARENT_MODULES = (
     "localtensor_compile",
