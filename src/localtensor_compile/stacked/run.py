@@ -18,6 +18,7 @@ from .. import _torch_vmap
 from .._torch import tracing_active
 from ..dispatch.per_rank import OpPlan
 from ..errors import LocalTensorError
+from ..values.broadcast import sum_is_asked_for
 from ..values.op_table import Handler, on_stacks
 from ..values.rank_node import LocalNode, is_ranked
 from ..values.ranked import per_rank_values
@@ -84,6 +85,10 @@ class _Plan(OpPlan):
         if self.leave:
             return
         super().__init__(func)
+        if self.views and not self.writes and func._can_decompose():
+            # to(), reshape(): a view or a copy, as the ops that they consist of find out.
+            self.leave = True
+            return
         tags, schema = func.tags, func._schema
         self.outs = tuple(a.name for a in schema.arguments if a.is_out)
         elementwise = torch.Tag.pointwise in tags and schema.name not in _NOT_ELEMENTWISE
@@ -142,6 +147,8 @@ def run(handler: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if ranks is None:
         return handler(func, args, kwargs)
     why = plan.why
+    if func is aten.sum.dim_IntList and sum_is_asked_for():
+        why = "it may sum what was broadcast on some ranks only"
     if found.others or found.mismatch:
         if found.mismatch:
             why = "its operands are of different ranks"

@@ -64,6 +64,11 @@ def answer_equal(file: str, left: Values, right: Values, flags: Values) -> bool:
     return True
 
 
+def sum_is_asked_for() -> bool:
+    """Whether C++ has just asked for a sum that may differ between ranks (see dims_to_sum)."""
+    return bool(_asked.ones)
+
+
 def dims_to_sum(sizes: Sequence[Any], dims: Sequence[int]) -> dict[int, list[int]] | None:
     """The dimensions that each rank sums, where C++ has just asked for a sum that differs.
 
