@@ -4,6 +4,7 @@ from typing import Any
 
 from . import _c10d as _c10d
 from . import dispatch as dispatch
+from . import stacked as stacked
 from .bundle.errors import BundleError as BundleError
 from .bundle.load import Bundle as Bundle
 from .bundle.load import load_bundle as load_bundle

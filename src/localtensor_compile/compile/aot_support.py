@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ..errors import PlainTensorError
+from ..stacked.layout import can_join, expanded, join
 from ..values.int_node import make_int
 from ..values.rank_node import is_ranked
-from ..values.tensor import LocalTensor, _wrap
+from ..values.stack import ShardsOfStack, StackedRanks, stack_of
+from ..values.tensor import LocalTensor, _wrap, _wrap_stacked
 from .settled_sizes import counted, traced_as_counted
 from .split_graphs import returning_subclasses
 
@@ -46,6 +48,8 @@ class _InStorageOf:
     def stride(self) -> tuple[Any, ...]:
         """Inductor strides empty tensors as it likes: there those of the other ranks will do."""
         shards = self._target._local_tensors
+        if type(shards) is ShardsOfStack:
+            return self._target.stride()
         filled = next((t for t in shards.values() if t.numel()), None)
         if filled is None:
             return self._target.stride()
@@ -55,6 +59,9 @@ class _InStorageOf:
 
     def storage_offset(self) -> Any:
         bases = self._base_tensor._local_tensors
+        rows = stack_of(bases)
+        if rows is not None:
+            return self._offset_in_stack(rows)
         offsets = {}
         for rank, shard in self._target._local_tensors.items():
             base, offset = bases[rank], shard.storage_offset()
@@ -62,6 +69,19 @@ class _InStorageOf:
                 offset = base.storage_offset() + offset
             offsets[rank] = offset
         return make_int(offsets)
+
+    def _offset_in_stack(self, rows: Tensor) -> Any:
+        """As a stacked LocalTensor counts: from the row of each rank, plus the first row's."""
+        target = self._target._local_tensors
+        stack = stack_of(target)
+        if stack is None or stack.stride(0) != rows.stride(0):
+            step = rows.stride(0)
+            shards = enumerate(target.items())
+            return make_int({r: t.storage_offset() - i * step for i, (r, t) in shards})
+        offset = stack.storage_offset()
+        if rows.untyped_storage()._cdata != stack.untyped_storage()._cdata:
+            offset = rows.storage_offset() + offset
+        return offset
 
 
 def _replicated_tangent(tangent: Tensor, meta: Any) -> LocalTensor:
@@ -80,7 +100,20 @@ def _replicated_tangent(tangent: Tensor, meta: Any) -> LocalTensor:
             f"tensor of shape {tuple(tangent.shape)}, which is not the shape of the output on "
             "every rank. Pass a LocalTensor as gradient, e.g. from torch.ones_like(output)."
         )
+    if type(meta.meta) is StackedRanks:
+        ranks = tuple(meta.meta)
+        return _wrap_stacked(expanded(tangent.detach(), len(ranks)), ranks)
     return _wrap({r: tangent.detach().clone() for r in meta.meta})
+
+
+def _own_wrapper(tangent: LocalTensor, meta: Any) -> LocalTensor:
+    """The gradient in the layout of the output, as a wrapper that AOTAutograd may write into."""
+    shards = tangent._local_tensors
+    if type(meta.meta) is StackedRanks:
+        if type(shards) is not ShardsOfStack and can_join(tangent):
+            tangent = join(tangent, "the gradient of a compiled function")
+        return _wrap(tangent._local_tensors)
+    return _wrap(dict(shards))
 
 
 def _count_mutated_shards(outer: Any, inner: Any) -> None:
@@ -171,7 +204,7 @@ def replacements() -> list[tuple[Any, str, Any]]:
             x = _replicated_tangent(x, meta)
         elif type(x) is LocalTensor:
             # AOTAutograd replaces shards whose strides are not the traced ones; the caller's stay.
-            x = LocalTensor(dict(x._local_tensors))
+            x = _own_wrapper(x, meta)
         return process(x, meta, *args, **kwargs)
 
     found = []

@@ -18,6 +18,7 @@ from ..values.bool_node import LocalBoolNode
 from ..values.float_node import LocalFloatNode
 from ..values.int_node import LocalIntNode
 from ..values.rank_node import LocalNode, is_ranked
+from ..values.stack import ShardsOfStack
 from ..values.tensor import LocalTensor
 from . import (
     aot_support,
@@ -165,9 +166,20 @@ def _symbols_for_uneven_sizes() -> None:
             for i, size in enumerate(e._size):
                 if is_ranked(size) and context.dynamic_sizes[i] is DimDynamic.STATIC:
                     context.dynamic_sizes[i] = DimDynamic.DUCK
+            if type(e._local_tensors) is ShardsOfStack and hasattr(context, "inner_contexts"):
+                _follow_the_shards(context, DimDynamic.STATIC)
+            if type(e._local_tensors) is ShardsOfStack and hasattr(context, "inner_contexts"):
+                _follow_the_shards(context, DimDynamic.STATIC)
         return context
 
     _set(builder, "_automatic_dynamic", automatic_dynamic)
+
+
+def _follow_the_shards(context: Any, static: Any) -> None:
+    """The number of ranks is no dynamic dimension; the others of a stack are those of its rows."""
+    inner = context.inner_contexts["_stack"]
+    inner.dynamic_sizes[:] = [static, *context.dynamic_sizes]
+    inner.constraint_sizes[:] = [None, *context.constraint_sizes]
 
 
 register()

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from .._torch import only_autograd_listens
-from ..values.tensor import LocalTensor, _wrap_fresh
+from ..stacked import counts
+from ..values.stack import ShardsOfStack
+from ..values.tensor import LocalTensor, _wrap_fresh, _wrap_stacked
 
 _NUMBERS = (int, float, bool)
 
@@ -47,6 +49,10 @@ def run_shortcut(func: Any, args: tuple[Any, ...]) -> Any:
     if (needs_grad and torch.is_grad_enabled()) or not only_autograd_listens():
         return NotImplemented
     shards = first._local_tensors
+    if type(shards) is ShardsOfStack:
+        return _on_stacks(func, first, shards, second)
+    if second is not None and type(getattr(second, "_local_tensors", None)) is ShardsOfStack:
+        return NotImplemented
     with torch._C.DisableTorchFunction():
         if second is None:
             results = {r: func(x) for r, x in shards.items()}
@@ -56,3 +62,24 @@ def run_shortcut(func: Any, args: tuple[Any, ...]) -> Any:
         else:
             results = {r: func(x, second) for r, x in shards.items()}
         return _wrap_fresh(results, first._ranks)
+
+
+def _on_stacks(func: Any, first: LocalTensor, shards: ShardsOfStack, second: Any) -> Any:
+    with torch._C.DisableTorchFunction():
+        if second is None:
+            out = func(shards.stack)
+        elif type(second) is LocalTensor:
+            others = second._local_tensors
+            if (
+                type(others) is not ShardsOfStack
+                or second._size != first._size
+                or second.dtype is not first.dtype
+            ):
+                return NotImplemented
+            out = func(shards.stack, others.stack)
+        else:
+            out = func(shards.stack, second)
+        if not out.is_contiguous() or type(out) is not Tensor:
+            return NotImplemented
+        counts.counts.stacked += 1
+        return _wrap_stacked(out, shards.ranks)

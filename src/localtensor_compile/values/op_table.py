@@ -14,6 +14,15 @@ from ..errors import UnsupportedError
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 """handler(func, args, kwargs) -> result; args hold a LocalTensor or a per-rank number."""
 
+
+class _OnStacks:
+    run: Callable[[Handler, Any, tuple[Any, ...], dict[str, Any]], Any]
+    """run(handler, func, args, kwargs): an op on stacked LocalTensors, whose handler runs it per
+    rank. Set by the package stacked."""
+
+
+on_stacks = _OnStacks()
+
 _by_op: dict[Any, Handler] = {}
 _by_namespace: dict[str, Callable[[Any], Handler]] = {}
 _rules: list[Callable[[Any], Handler | None]] = []

@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet
 
 from .._torch import (
-    AsyncCollectiveTensor,
     FakeTensor,
     FunctionalTensor,
     disable_dynamo,
@@ -26,20 +24,19 @@ from .._torch import (
     own_frame_never_compiled,
     tracing_active,
 )
-from ..errors import ShardError, UnsupportedError, per_rank_text
+from ..errors import UnsupportedError
 from .equal import reconcile_when_run, require_equal, same_values
 from .int_node import LocalIntNode, make_int
-from .op_table import _chosen, handler_of
+from .op_table import _chosen, handler_of, on_stacks
 from .rank_node import LocalNode
+from .shard_checks import NO_KEYS, SHARD_TYPES, checked, disagreement, extra_keys
+from .stack import ShardsOfStack, StackedRanks, made, rank_set
 
 _PREFIX = "_local_tensor_"
 
 cache_key_context: Callable[[], str] = str
 """Text about the world that compiled code depends on; set by collectives.groups."""
 
-# Tensor types that may be a shard.
-_SHARD_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor)
-_NO_KEYS = DispatchKeySet.from_raw_repr(0)
 _NoTorchFunction = torch._C.DisableTorchFunction
 
 
@@ -62,7 +59,7 @@ class LocalTensor(Tensor):
             disagree in dtype, device, layout, number of dimensions or conj/neg bit.
     """
 
-    _local_tensors: dict[int, Tensor]
+    _local_tensors: Mapping[int, Tensor]
     _ranks: frozenset[int]
     _size: tuple[Any, ...]
     _stride: tuple[Any, ...]
@@ -83,8 +80,11 @@ class LocalTensor(Tensor):
 
     # ---- the protocol of traceable wrapper subclasses
     def __tensor_flatten__(self) -> tuple[list[str], tuple[int, ...]]:
-        """One attribute per rank, in rank order, and the ranks as constant metadata."""
-        ranks = tuple(self._local_tensors)
+        """One attribute per rank, in rank order, or the one stack; the ranks are metadata."""
+        shards = self._local_tensors
+        if type(shards) is ShardsOfStack:
+            return ["_stack"], StackedRanks(shards.ranks)
+        ranks = tuple(shards)
         return [f"{_PREFIX}{r}" for r in ranks], ranks
 
     @staticmethod
@@ -95,6 +95,8 @@ class LocalTensor(Tensor):
         outer_stride: Any,
     ) -> LocalTensor:
         """Sizes are those of the shards; `outer_size` only tells which symbols stand for them."""
+        if type(flatten_spec) is StackedRanks:
+            return _wrap_stacked(inner_tensors["_stack"], tuple(flatten_spec))
         result = _wrap({r: inner_tensors[f"{_PREFIX}{r}"] for r in flatten_spec})
         if outer_size is not None:
             mine_all = (*result._size, *result._stride)
@@ -110,12 +112,13 @@ class LocalTensor(Tensor):
 
     def _stable_hash_for_caching(self) -> str:
         """What compiled code depends on, as text that is the same in every process."""
+        first, held = self._one, self._local_tensors
+        inner = [(held.ranks, first)] if isinstance(held, ShardsOfStack) else list(held.items())
         shards = [
             (r, type(t).__name__, str(tuple(t.shape)), str(t.stride()), str(t.storage_offset()))
-            for r, t in self._local_tensors.items()
+            for r, t in inner
         ]
-        first = next(iter(self._local_tensors.values()))
-        kind = (str(self.dtype), str(self.device), str(self.layout), str(_extra_keys(first)))
+        kind = (str(self.dtype), str(self.device), str(self.layout), str(extra_keys(first)))
         text = f"LocalTensor;{kind};{shards};{self.requires_grad};{cache_key_context()}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -139,14 +142,37 @@ class LocalTensor(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         for t in types:
-            if t is not cls and t not in _SHARD_TYPES:
+            if t is not cls and t not in SHARD_TYPES:
                 return _defer(func, types, args, kwargs or {})
         handler = _chosen.get(func)
         if handler is None:
             handler = handler_of(func)
         # A function mode that backward put back must not see every op on every shard.
         with _NoTorchFunction():
+            if made.any:
+                return on_stacks.run(handler, func, args, kwargs or {})
             return handler(func, args, kwargs or {})
+
+    # ---- the stacked layout
+    @property
+    def _stack(self) -> Tensor:
+        """The shards of all ranks in one tensor, in the stacked layout. AOTAutograd replaces it."""
+        shards = self._local_tensors
+        if type(shards) is ShardsOfStack:
+            return shards.stack
+        raise AttributeError("this LocalTensor holds a tensor per rank, not one stack of them")
+
+    @_stack.setter
+    def _stack(self, value: Tensor) -> None:
+        self._local_tensors = ShardsOfStack(value, tuple(self._local_tensors))
+
+    @property
+    def _one(self) -> Tensor:
+        """A tensor that is of the kind of all shards: the stack, or one shard."""
+        shards = self._local_tensors
+        if type(shards) is ShardsOfStack:
+            return shards.stack
+        return next(iter(shards.values()))
 
     # ---- looking at values
     def reconcile(self) -> Tensor:
@@ -191,6 +217,8 @@ class LocalTensor(Tensor):
 
     def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
         """Whether the shards of all ranks are contiguous."""
+        if type(self._local_tensors) is ShardsOfStack:
+            return Tensor.is_contiguous(self, memory_format=memory_format)
         return all(
             t.is_contiguous(memory_format=memory_format) for t in self._local_tensors.values()
         )
@@ -241,8 +269,12 @@ class LocalTensor(Tensor):
                 "Only Tensors created explicitly by the user (graph leaves) support the deepcopy "
                 "protocol at the moment. Detach the LocalTensor first."
             )
-        shards = {r: copy.deepcopy(t, memo) for r, t in self._local_tensors.items()}
-        result = _wrap(shards, self.requires_grad)
+        held = self._local_tensors
+        if type(held) is ShardsOfStack:
+            result = _wrap_stacked(copy.deepcopy(held.stack, memo), held.ranks, self.requires_grad)
+        else:
+            shards = {r: copy.deepcopy(t, memo) for r, t in held.items()}
+            result = _wrap(shards, self.requires_grad)
         memo[id(self)] = result
         if self.grad is not None:
             result.grad = copy.deepcopy(self.grad, memo)
@@ -253,7 +285,10 @@ class LocalTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         extra = {k: v for k, v in self.__dict__.items() if k not in _OWN_ATTRIBUTES}
-        return _rebuild, (dict(self._local_tensors), self.requires_grad, extra)
+        held = self._local_tensors
+        if type(held) is ShardsOfStack:
+            return _rebuild_stacked, (held.stack, held.ranks, self.requires_grad, extra)
+        return _rebuild, (dict(held), self.requires_grad, extra)
 
     def _sync_meta(self) -> None:
         """Take size, stride and offset from the shards again, after an op changed them in place."""
@@ -274,7 +309,8 @@ def _shard_property(rank: int) -> property:
             ) from None
 
     def replace(self: LocalTensor, value: Tensor) -> None:
-        self._local_tensors[rank] = value
+        shards: Any = self._local_tensors
+        shards[rank] = value
 
     return property(shard, replace, doc=f"The shard of rank {rank}. AOTAutograd replaces it.")
 
@@ -300,15 +336,23 @@ def _rebuild(shards: dict[int, Tensor], requires_grad: bool, extra: dict[str, An
     return result
 
 
+def _rebuild_stacked(
+    stack: Tensor, ranks: tuple[int, ...], requires_grad: bool, extra: dict[str, Any]
+) -> LocalTensor:
+    result = _wrap_stacked(stack, ranks, requires_grad)
+    result.__dict__.update(extra)
+    return result
+
+
 def _defer(func: Any, types: tuple[type, ...], args: Any, kwargs: Any) -> Any:
     """Give the other tensor subclass in the call its turn, and explain when it takes none."""
     for other in types:
-        if other is LocalTensor or other in _SHARD_TYPES:
+        if other is LocalTensor or other in SHARD_TYPES:
             continue
         result = other.__torch_dispatch__(func, types, args, kwargs)  # type: ignore[attr-defined]
         if result is not NotImplemented:
             return result
-    names = sorted({t.__name__ for t in types if t is not LocalTensor and t not in _SHARD_TYPES})
+    names = sorted({t.__name__ for t in types if t is not LocalTensor and t not in SHARD_TYPES})
     raise UnsupportedError(
         f"{func} got a LocalTensor together with {', '.join(names)}, and neither knows the other. "
         f"Make a LocalTensor of plain tensors and put it inside {names[0]}, or convert "
@@ -318,80 +362,47 @@ def _defer(func: Any, types: tuple[type, ...], args: Any, kwargs: Any) -> Any:
 
 def _checked_shards(local_tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Rank -> shard in rank order, after every check that ops on good shards need not repeat."""
-    if not local_tensors:
-        raise ShardError(
-            "LocalTensor needs the shard of at least one rank, but got none. "
-            "Give it a dict {rank: tensor}."
-        )
-    bad_ranks = [r for r in local_tensors if not isinstance(r, int) or isinstance(r, bool) or r < 0]
-    if bad_ranks:
-        raise ShardError(f"ranks are ints from 0 up, but LocalTensor got {bad_ranks!r}.")
-    shards: dict[int, Tensor] = {}
-    for rank in sorted(local_tensors):
-        shard = local_tensors[rank]
-        if isinstance(shard, AsyncCollectiveTensor):
-            shard = shard.wait()
-        if isinstance(shard, LocalTensor):
-            raise ShardError(
-                f"the shard of rank {rank} is a LocalTensor itself (of ranks "
-                f"{list(shard._local_tensors)}). A LocalTensor holds plain tensors: inside "
-                "LocalTensorMode factories make LocalTensors, so build shards with "
-                "rank_map(lambda rank: ...) or under mode.disable()."
-            )
-        if not isinstance(shard, Tensor):
-            raise ShardError(
-                f"the shard of rank {rank} is no tensor but {type(shard).__name__}. "
-                "Wrap numbers with torch.tensor(...)."
-            )
-        if type(shard) not in _SHARD_TYPES:
-            raise ShardError(
-                f"the shard of rank {rank} is of the tensor subclass {type(shard).__name__}, which "
-                "LocalTensor does not know how to run per rank. Put the LocalTensor inside "
-                f"{type(shard).__name__} instead, or convert the shard to a plain tensor."
-            )
-        if shard.requires_grad:
-            raise ShardError(
-                f"the shard of rank {rank} requires grad. Autograd works on the LocalTensor, not "
-                "on its shards: detach the shards and pass LocalTensor(..., requires_grad=True)."
-            )
-        shards[rank] = shard
+    shards = checked(local_tensors)
+    for rank in shards:
         if rank >= 64:
             _define_rank(rank)
     return shards
 
 
-def _wrap(shards: dict[int, Tensor], requires_grad: bool = False) -> LocalTensor:
+def _wrap(shards: Mapping[int, Tensor], requires_grad: bool = False) -> LocalTensor:
     """A LocalTensor of shards that are known to be plain tensors, in rank order.
 
     Raises:
         ShardError: the shards disagree in dtype, device, layout, dimensions or conj/neg bit.
     """
+    if type(shards) is ShardsOfStack:
+        return _wrap_stacked(shards.stack, shards.ranks, requires_grad)
     it = iter(shards.values())
     first = next(it)
-    dtype, device, layout, keys = first.dtype, first.device, first.layout, _extra_keys(first)
+    dtype, device, layout, keys = first.dtype, first.device, first.layout, extra_keys(first)
     if type(first) is Tensor:
         shape, stride, offset = first.shape, first.stride(), first.storage_offset()
         even = True
         for t in it:
             if t.dtype is not dtype or t.device != device or t.layout is not layout:
-                raise _disagreement(shards)
-            if t.is_neg() or t.is_conj() or keys is not _NO_KEYS:
-                if _extra_keys(t) != keys:
-                    raise _disagreement(shards)
+                raise disagreement(shards)
+            if t.is_neg() or t.is_conj() or keys is not NO_KEYS:
+                if extra_keys(t) != keys:
+                    raise disagreement(shards)
             if t.shape != shape or t.stride() != stride or t.storage_offset() != offset:
                 even = False
     else:
         even = False
         for t in it:
             if t.dtype is not dtype or t.device != device or t.layout is not layout:
-                raise _disagreement(shards)
-            if _extra_keys(t) != keys:
-                raise _disagreement(shards)
+                raise disagreement(shards)
+            if extra_keys(t) != keys:
+                raise disagreement(shards)
     if not even:
         traced = isinstance(first, (FakeTensor, FunctionalTensor))
         ndim = first.dim()
         if any(t.dim() != ndim for t in shards.values()):
-            raise _disagreement(shards)
+            raise disagreement(shards)
         items = shards.items()
         shape = tuple(make_int({r: t.shape[d] for r, t in items}, traced) for d in range(ndim))
         strides = {r: t.stride() for r, t in items}
@@ -410,6 +421,33 @@ def _wrap(shards: dict[int, Tensor], requires_grad: bool = False) -> LocalTensor
     )
     result._local_tensors = shards
     result._ranks = frozenset(shards)
+    result._size = shape
+    result._stride = stride
+    return result
+
+
+def _wrap_stacked(
+    stack: Tensor, ranks: tuple[int, ...], requires_grad: bool = False
+) -> LocalTensor:
+    """A LocalTensor of a stack [ranks, *local], a plain tensor whose rows are the shards.
+
+    The wrapper has the storage offset of the first rank's shard, which counts for all ranks: the
+    shards of the others lie a stride further each.
+    """
+    shape, stride = stack.shape[1:], stack.stride()[1:]
+    result = Tensor._make_wrapper_subclass(
+        LocalTensor,
+        shape,
+        strides=stride,
+        storage_offset=stack.storage_offset(),
+        dtype=stack.dtype,
+        device=stack.device,
+        layout=stack.layout,
+        requires_grad=requires_grad,
+        _extra_dispatch_keys=extra_keys(stack),
+    )
+    result._local_tensors = ShardsOfStack(stack, ranks)
+    result._ranks = rank_set(ranks)
     result._size = shape
     result._stride = stride
     return result
@@ -445,36 +483,6 @@ def _wrap_fresh(shards: dict[int, Tensor], ranks: frozenset[int]) -> LocalTensor
     return result
 
 
-def _extra_keys(t: Tensor) -> DispatchKeySet:
-    keys = _NO_KEYS
-    if t.is_neg():
-        keys = keys.add(DispatchKey.Negative)
-    if t.is_conj():
-        keys = keys.add(DispatchKey.Conjugate)
-    return keys
-
-
-def _disagreement(shards: Mapping[int, Tensor]) -> ShardError:
-    for what, read in _MUST_AGREE:
-        values = {r: read(t) for r, t in shards.items()}
-        if len(set(values.values())) > 1:
-            return ShardError(
-                f"the shards of one LocalTensor must have the same {what}, but they have "
-                f"{per_rank_text(values)}. Sizes may differ between ranks, the {what} may not."
-            )
-    return ShardError("the shards of one LocalTensor disagree.")  # only reached on a race
-
-
-_MUST_AGREE: tuple[tuple[str, Any], ...] = (
-    ("dtype", lambda t: t.dtype),
-    ("device", lambda t: t.device),
-    ("layout", lambda t: t.layout),
-    ("number of dimensions", lambda t: t.dim()),
-    ("conjugate bit", lambda t: t.is_conj()),
-    ("negative bit", lambda t: t.is_neg()),
-)
-
-
 def _zip_lists(lists: dict[int, Any]) -> Any:
     first = next(iter(lists.values()))
     if isinstance(first, list):
@@ -482,4 +490,4 @@ def _zip_lists(lists: dict[int, Any]) -> Any:
     return make_int(lists)
 
 
-torch.serialization.add_safe_globals([LocalTensor, _rebuild])
+torch.serialization.add_safe_globals([LocalTensor, _rebuild, _rebuild_stacked])

@@ -25,6 +25,7 @@ from ..collectives.plain import functional as plain_collective
 from ..dispatch.random_factories import PLAIN_DRAWS, draws_for_plain, plain_draw
 from ..dispatch.shortcuts import SHORTCUTS, run_shortcut
 from ..errors import PlainTensorError, UnsupportedError
+from ..values.stack import StackedRanks
 from ..values.tensor import LocalTensor
 from .factory_builders import BUILDERS, Ranks, build, without_grad
 from .random_checks import DRAWING_INSIDE
@@ -73,6 +74,7 @@ class FactoryMode(TorchFunctionMode):
         super().__init__()
         self.mode = mode
         self.ranks: Ranks = tuple(sorted(mode.ranks))
+        self.stacked: bool = mode.stacked
 
     # torch calls it from frames that Dynamo left to Python, as from forward of a module whose
     # hooks it skips: its own frame would become a graph of one op.
@@ -95,7 +97,7 @@ class FactoryMode(TorchFunctionMode):
             device = default_device()
             if self.mode._disable:
                 return as_written(name, args, kwargs, device)
-            result = on_ranks(name, self.ranks, args, kwargs, device)
+            result = on_ranks(name, self.ranks, args, kwargs, device, self.stacked)
             # Dynamo breaks the graph at a new leaf, here as in torch's own factories.
             return result.requires_grad_() if kwargs.get("requires_grad") else result
         handler = _HANDLERS.get(func)
@@ -126,7 +128,7 @@ def _factory(mode: FactoryMode, func: Any, args: tuple[Any, ...], kwargs: dict[s
         or (func is torch.as_tensor and _is_numpy(args) and made_by_dynamo(caller.f_code))
     ):
         return func(*args, **kwargs)
-    return build(func, mode.ranks, args, kwargs)
+    return build(func, StackedRanks(mode.ranks) if mode.stacked else mode.ranks, args, kwargs)
 
 
 def _is_numpy(args: tuple[Any, ...]) -> bool:
@@ -239,7 +241,12 @@ _rewritten = decided_while_tracing(_decide)
 
 @torch.compiler.allow_in_graph
 def on_ranks(
-    name: str, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any], device: Any
+    name: str,
+    ranks: Ranks,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: Any,
+    stacked: bool = False,
 ) -> Any:
     """The torch function called `name` on all ranks: one node in Dynamo's graph.
 
@@ -255,7 +262,7 @@ def on_ranks(
                 return plain_draw(func, ranks, args, kwargs)
             return call_with_numbers(func, args, kwargs)
         kwargs, _ = without_grad(_with_device(kwargs, device))
-        return build(func, ranks, args, kwargs)
+        return build(func, StackedRanks(ranks) if stacked else ranks, args, kwargs)
 
 
 @torch.compiler.allow_in_graph

@@ -15,8 +15,10 @@ from torch import Tensor
 from ..dispatch.random_factories import refuse_in_vmap
 from ..dispatch.random_ops import RANDOM_FACTORIES, random_factory
 from ..errors import UnsupportedError
+from ..stacked.layout import can_join, expanded, join
 from ..values.ranked import pick_tree
-from ..values.tensor import LocalTensor, _checked_shards, _wrap
+from ..values.stack import StackedRanks
+from ..values.tensor import LocalTensor, _checked_shards, _wrap, _wrap_stacked
 from .rank_numbers import (
     MAY_HOLD_NUMBERS,
     holds_rank_number,
@@ -33,7 +35,14 @@ Builder = Callable[[Any, Ranks, tuple[Any, ...], dict[str, Any]], Any]
 
 
 def build(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a factory of BUILDERS on all ranks."""
+    """Call a factory of BUILDERS on all ranks, which are StackedRanks for a stacked result."""
+    result = _built(func, ranks, args, kwargs)
+    if type(ranks) is StackedRanks and type(result) is LocalTensor and can_join(result):
+        return join(result, name_of(func)).requires_grad_(result.requires_grad)
+    return result
+
+
+def _built(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not in_transform():
         return BUILDERS[func](func, ranks, args, kwargs)
     if any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
@@ -54,6 +63,8 @@ def _each_rank(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str,
         return func(*args, **kwargs)
     kwargs, requires_grad = without_grad(kwargs)
     if not _holds_rank_value((args, kwargs)):
+        if type(ranks) is StackedRanks:
+            return _stacked(func, ranks, func(*args, **kwargs), requires_grad)
         return _joined(func, {r: func(*args, **kwargs) for r in ranks}, requires_grad)
     shards = {}
     for r in ranks:
@@ -79,6 +90,8 @@ def _tensor(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, An
             return func(*args, **kwargs)
         kwargs, requires_grad = without_grad(kwargs)
         made = data.detach().to(kwargs.get("device"), kwargs.get("dtype"))
+        if type(ranks) is StackedRanks:
+            return _stacked(func, ranks, made, requires_grad)
         return _joined(func, {r: made.clone() for r in ranks}, requires_grad)
     if not _holds_rank_value(data):
         return _copies(func, ranks, args, kwargs)
@@ -123,6 +136,8 @@ def _copies(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, An
     """Call the factory once and give each rank a copy."""
     kwargs, requires_grad = without_grad(kwargs)
     made = func(*args, **kwargs).detach()
+    if type(ranks) is StackedRanks:
+        return _stacked(func, ranks, made, requires_grad)
     return _joined(func, {r: made.clone() for r in ranks}, requires_grad)
 
 
@@ -147,6 +162,13 @@ def without_grad(kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         return kwargs, False
     rest = {k: v for k, v in kwargs.items() if k != "requires_grad"}
     return rest, bool(kwargs["requires_grad"])
+
+
+def _stacked(func: Any, ranks: Ranks, made: Tensor, requires_grad: bool) -> LocalTensor:
+    """A copy of one tensor for each rank, in one stack."""
+    if made.layout is not torch.strided:
+        raise _dense_only(func)
+    return _wrap_stacked(expanded(made, len(ranks)), tuple(ranks), requires_grad)
 
 
 def _joined(func: Any, shards: dict[int, Tensor], requires_grad: bool) -> Any:

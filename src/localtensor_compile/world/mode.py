@@ -18,14 +18,18 @@ from torch import Tensor
 
 from ..collectives import groups, ops
 from ..errors import WorldError
+from ..stacked import counts
+from ..stacked.layout import expanded
 from ..values.ranked import pick
-from ..values.tensor import LocalTensor
+from ..values.tensor import LocalTensor, _wrap_stacked
 from . import torch_hooks
 from .per_rank_code import join_shards, split_shards
 from .plain_replicas import PlainReplicas
 from .state import enabled_local_tensor_mode, get_local_tensor_mode_list, local_tensor_mode
 
 REDUCTIONS = ("gloo", "rank_order")
+LAYOUTS = ("per_rank", "stacked", "auto")
+_MANY = 8  # from this many ranks on, layout="auto" stacks
 
 
 class LocalTensorMode:
@@ -38,6 +42,10 @@ class LocalTensorMode:
         sharding_independent_rng: whether random ops on a DTensor draw the global tensor, so that
             its values depend on neither placements nor number of ranks. Real ranks draw into their
             own shards, which is the default here too. Ranks must be seeded alike.
+        layout: how the tensors made inside hold their shards. "per_rank": a tensor per rank, each
+            op once per rank; bit for bit what real ranks compute. "stacked": shards of one size in
+            one tensor [ranks, *local], each op once for all ranks; a matmul may round differently.
+            "auto": stacked from 8 ranks on. See `stats()`.
 
     Where no process group exists, one of max(ranks)+1 simulated ranks is made on entry and
     destroyed on exit; torch.distributed functions work on it. Modes nest: the innermost counts.
@@ -52,6 +60,7 @@ class LocalTensorMode:
         *,
         reduction: str = "gloo",
         sharding_independent_rng: bool = False,
+        layout: str = "per_rank",
     ) -> None:
         if isinstance(ranks, int):
             if ranks < 1:
@@ -74,7 +83,14 @@ class LocalTensorMode:
             )
         self.ranks: frozenset[int] = frozenset(ranks)
         self._sorted_ranks: tuple[int, ...] = tuple(sorted(self.ranks))
+        if layout not in LAYOUTS:
+            raise WorldError(
+                f"unknown layout {layout!r}. LocalTensorMode knows {', '.join(LAYOUTS)}."
+            )
         self.reduction = reduction
+        self.layout = layout
+        self.stacked = layout == "stacked" or (layout == "auto" and len(self.ranks) >= _MANY)
+        self._counted = counts.snapshot()
         self.sharding_independent_rng = sharding_independent_rng
         self._disable = True
         self._exits: list[contextlib.ExitStack] = []
@@ -83,7 +99,19 @@ class LocalTensorMode:
         self._replicas = PlainReplicas(self._sorted_ranks)
 
     def __repr__(self) -> str:
-        return f"LocalTensorMode(ranks={list(self._sorted_ranks)}, reduction={self.reduction!r})"
+        layout = "" if self.layout == "per_rank" else f", layout={self.layout!r}"
+        ranks = list(self._sorted_ranks)
+        return f"LocalTensorMode(ranks={ranks}, reduction={self.reduction!r}{layout})"
+
+    def stats(self) -> dict[str, Any]:
+        """What became of ops on stacked tensors since the mode was entered, in this thread.
+
+        Returns:
+            "stacked": the number of ops that ran once for all ranks; "per_rank": {op: times} of
+            those that ran once per rank; "joined": {op: times} shards were copied into a stack;
+            "left": {op: times} the result stayed per rank, because ranks differ in size.
+        """
+        return counts.since(self._counted)
 
     # ---- entering and leaving
     def __enter__(self) -> LocalTensorMode:
@@ -91,6 +119,7 @@ class LocalTensorMode:
             stack.enter_context(_process_group(self._sorted_ranks))
             modes = get_local_tensor_mode_list()
             modes.append(self)
+            self._counted = counts.snapshot()
             stack.callback(modes.pop)
             stack.callback(setattr, self, "_disable", self._disable)
             self._disable = False
@@ -116,6 +145,8 @@ class LocalTensorMode:
 
     def _fingerprint(self) -> str:
         text = groups.fingerprint(self._sorted_ranks)
+        if self.stacked:
+            text += ";stacked"
         return f"{text};sharding_independent_rng" if self.sharding_independent_rng else text
 
     def disable_(self) -> None:
@@ -134,7 +165,7 @@ class LocalTensorMode:
     def rank_map(self, cb: Callable[[int], Tensor]) -> LocalTensor:
         """The LocalTensor whose shard of rank r is `cb(r)`, run with the simulation disabled."""
         ranks = self._sorted_ranks
-        return join_shards(ranks, [self._on_rank(r, cb, r) for r in ranks])
+        return join_shards(ranks, [self._on_rank(r, cb, r) for r in ranks], self.stacked)
 
     def tensor_map(self, tensor: Tensor, cb: Callable[[int, Tensor], Tensor | None]) -> LocalTensor:
         """The LocalTensor of `cb(r, shard of rank r)`; ranks where it is None are left out."""
@@ -237,6 +268,12 @@ def replicate(value: Any, ranks: Collection[int] | None = None) -> Any:
                 if buffer is not None and not isinstance(buffer, LocalTensor):
                     module._buffers[name] = replicate(buffer, ranks)
         return value
+    requires_grad = getattr(value, "requires_grad", False)
+    mode = local_tensor_mode()
+    if mode is not None and mode.stacked and type(value) is Tensor:
+        with torch._C.DisableTorchFunction():
+            stack = expanded(value.detach(), len(ranks))
+        return _wrap_stacked(stack, tuple(sorted(ranks)), requires_grad)
     with torch._C.DisableTorchFunction():
         shards = {r: pick(value, r).detach().clone() for r in ranks}
-    return LocalTensor(shards, getattr(value, "requires_grad", False))
+    return LocalTensor(shards, requires_grad)

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .._torch import AsyncCollectiveTensor
 from ..errors import RankDivergence, ShardError, fail
+from ..stacked.layout import can_join, join
 from ..values.ranked import (
     combine,
     combined_values,
@@ -43,13 +44,17 @@ class _Split(torch.autograd.Function):
 
 class _Join(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ranks: tuple[int, ...], *shards: Tensor) -> LocalTensor:
+    def forward(ctx: Any, ranks: tuple[int, ...], stacked: bool, *shards: Tensor) -> LocalTensor:
         ctx.ranks = ranks
+        if stacked:
+            result = _wrap(dict(zip(ranks, shards)))
+            if can_join(result):
+                return join(result, "rank_map")
         return _wrap({r: t.view_as(t) for r, t in zip(ranks, shards)})
 
     @staticmethod
     def backward(ctx: Any, grad: LocalTensor) -> tuple[Any, ...]:
-        return None, *(grad._local_tensors[r] for r in ctx.ranks)
+        return None, None, *(grad._local_tensors[r] for r in ctx.ranks)
 
 
 @torch._dynamo.allow_in_graph
@@ -60,11 +65,12 @@ def _split(tensor: LocalTensor) -> tuple[Tensor, ...]:
 
 
 @torch._dynamo.allow_in_graph
-def _join(ranks: tuple[int, ...], *shards: Tensor) -> LocalTensor:
+def _join(ranks: tuple[int, ...], stacked: bool, *shards: Tensor) -> LocalTensor:
     if not any(t.requires_grad for t in shards):
-        return _wrap(_checked_shards(dict(zip(ranks, shards))))
+        result = _wrap(_checked_shards(dict(zip(ranks, shards))))
+        return join(result, "rank_map") if stacked and can_join(result) else result
     _checked_shards({r: t.detach() for r, t in zip(ranks, shards)})
-    return _Join.apply(ranks, *shards)
+    return _Join.apply(ranks, stacked, *shards)
 
 
 def split_shards(tensor: Any, ranks: Sequence[int]) -> dict[int, Tensor]:
@@ -83,8 +89,10 @@ def _ranks_of(tensor: LocalTensor) -> tuple[int, ...]:
     return tuple(tensor._local_tensors)
 
 
-def join_shards(ranks: tuple[int, ...], shards: Sequence[Tensor]) -> LocalTensor:
-    """The LocalTensor of one tensor per rank.
+def join_shards(
+    ranks: tuple[int, ...], shards: Sequence[Tensor], stacked: bool = False
+) -> LocalTensor:
+    """The LocalTensor of one tensor per rank; `stacked`: copied into a stack where they are alike.
 
     Raises:
         ShardError: no ranks, or results that are no tensors or do not fit together.
@@ -101,7 +109,7 @@ def join_shards(ranks: tuple[int, ...], shards: Sequence[Tensor]) -> LocalTensor
                 f"the callback returned {type(t).__name__} on rank {r}, but the shard of a rank is "
                 "a tensor. Wrap numbers with torch.tensor(...).",
             )
-    return _join(ranks, *shards)
+    return _join(ranks, stacked, *shards)
 
 
 def for_each_rank(

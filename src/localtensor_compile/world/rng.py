@@ -102,7 +102,7 @@ def _draw_on_rank(rank: int, name: str, args: tuple[Any, ...], kwargs: dict[str,
     """Call a random function for one rank: plain tensors in, plain tensors out, differentiable."""
     func = attrgetter(name)(torch)
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    held = [_join((rank,), t) if isinstance(t, Tensor) else t for t in leaves]
+    held = [_join((rank,), False, t) if isinstance(t, Tensor) else t for t in leaves]
     args, kwargs = pytree.tree_unflatten(held, spec)
     with torch._C.DisableTorchFunction():
         if func in RANDOM_FACTORIES:
