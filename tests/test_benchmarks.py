@@ -250,5 +250,5 @@ def test_every_script_is_named():
 
 
 def test_a_measurement_apart_that_fails_says_why():
-    with pytest.raises(RuntimeError, match="No module named tests.benchmarks.nothing"):
+    with pytest.raises(RuntimeError, match=r"No module named tests\.benchmarks\.nothing"):
         apart.run_apart("nothing", 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from .models import tp_mlp
 from .plot import Plot
 from .report import Bound, Section, figure, ratio
 from .timing import once, single
-from .worlds import _LAYOUTS, PER_RANK, STACKED
+from .worlds import PER_RANK, STACKED
+
+_LAYOUTS = "layout" in inspect.signature(lt.check).parameters
 
 RANKS = (2, 8)
 BOUNDED, LEAST = 8, 10.0

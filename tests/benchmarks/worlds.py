@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,11 +21,9 @@ from .timing import Timed
 STACKED, PER_RANK = "stacked", "per_rank"
 OWN, LOOP, BATCHED = "torch's own", "plain loop", "batched by hand"
 
-_LAYOUTS = "layout" in inspect.signature(lt.LocalTensorMode).parameters
-
 
 def mode(ranks: int, layout: str = STACKED) -> lt.LocalTensorMode:
-    return lt.LocalTensorMode(ranks, **({"layout": layout} if _LAYOUTS else {}))
+    return lt.LocalTensorMode(ranks, layout=layout)
 
 
 @contextlib.contextmanager
