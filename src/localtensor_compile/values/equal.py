@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RankDivergence, per_rank_text
+from .stack import ShardsOfStack, stack_of
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
@@ -25,6 +26,9 @@ def same_values(a: Tensor, b: Tensor) -> bool:
 
 def require_equal(shards: Mapping[int, Tensor], caller: str) -> None:
     """Raise RankDivergence unless all shards are equal (NaN equals NaN)."""
+    stack = stack_of(shards)
+    if stack is not None and same_values(stack, stack[:1].expand_as(stack)):
+        return
     items = iter(shards.items())
     first_rank, first = next(items)
     for rank, shard in items:
@@ -75,10 +79,28 @@ def _fake_reconcile(shards: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
 
 _library.impl("reconcile", _reconcile, "CompositeExplicitAutograd")
 torch.library.register_fake("localtensor::reconcile", _fake_reconcile, lib=_library)
+_library.define(
+    "reconcile_stack(Tensor stack, int[] ranks) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+def _reconcile_stack(stack: Tensor, ranks: Sequence[int]) -> Tensor:
+    require_equal(ShardsOfStack(stack, tuple(ranks)), "reconcile()")
+    return stack[0].clone()
+
+
+_library.impl("reconcile_stack", _reconcile_stack, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "localtensor::reconcile_stack", lambda stack, ranks: torch.empty_like(stack[0]), lib=_library
+)
 # The comparison stays where nobody uses the value.
 torch.fx.node.has_side_effect(torch.ops.localtensor.reconcile.default)
+torch.fx.node.has_side_effect(torch.ops.localtensor.reconcile_stack.default)
 
 
 def reconcile_when_run(shards: Mapping[int, Tensor]) -> Tensor:
     """The value that all ranks share, compared when the traced program runs."""
+    stack = stack_of(shards)
+    if stack is not None:
+        return torch.ops.localtensor.reconcile_stack(stack, list(shards))
     return torch.ops.localtensor.reconcile(list(shards.values()), list(shards))
