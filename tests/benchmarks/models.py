@@ -190,10 +190,21 @@ def fsdp_mlp(ranks: int, width: int, hidden: int) -> nn.Module:
     return model
 
 
-def module_step(model: Callable[[Any], Any], x: Any, parameters: Any) -> None:
-    """Forward and backward of a module on x; gradients are dropped."""
-    y = model(x)
-    (y * y).sum().backward()
+class Loss(nn.Module):
+    """The sum of squares of a model's output, so that the loss is compiled with the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.model(x)
+        return (y * y).sum()
+
+
+def module_step(loss: Callable[[Any], Any], x: Any, parameters: Any) -> None:
+    """Forward and backward of a `Loss` on x; gradients are dropped."""
+    loss(x).backward()
     for parameter in parameters:
         parameter.grad = None
 

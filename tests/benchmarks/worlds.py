@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import localtensor_compile as lt
 
-from .models import Model, module_step, stacked_operands, train_step
+from .models import Loss, Model, module_step, stacked_operands, train_step
 from .timing import Timed
 
 STACKED, PER_RANK = "stacked", "per_rank"
@@ -135,7 +135,7 @@ def module(
         torch.manual_seed(0)
         model = build(ranks, width, hidden)
         parameters = list(model.parameters())
-        made = make(model)
+        made = make(Loss(model))
         x = torch.randn(tokens, width)
         if not same_input:
             x = world.rank_map(lambda rank: torch.randn(tokens, width))
