@@ -16,8 +16,7 @@ from ..errors import UnsupportedError
 from ..values.rank_node import is_ranked
 from ..values.stack import ShardsOfStack
 from ..values.tensor import LocalTensor, _wrap_stacked
-from .run import Ranks, aliased, rule
-from .run import _plans as plans
+from .run import Ranks, aliased, plan_of, rule
 
 aten = torch.ops.aten
 
@@ -85,7 +84,7 @@ def _as_strided(func: Any, ranks: Ranks, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     stack = _stack(x)
     out = func(stack, [stack.shape[0], *size], [stack.stride(0), *stride], offset)
-    return aliased(plans[func], args, kwargs, _wrap_stacked(out, ranks))
+    return aliased(plan_of(func), args, kwargs, _wrap_stacked(out, ranks))
 
 
 def _strided(self: Any, size: Any, stride: Any, storage_offset: Any = None) -> Any:

@@ -120,11 +120,17 @@ def _decomposition(func: Any) -> Any:
 _plans: dict[Any, _Plan] = {}
 
 
-def run(handler: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run `func`; its per-rank `handler` does what cannot be done on stacks."""
+def plan_of(func: Any) -> Any:
+    """The plan of an op, made once."""
     plan = _plans.get(func)
     if plan is None:
         plan = _plans[func] = _Plan(func)
+    return plan
+
+
+def run(handler: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run `func`; its per-rank `handler` does what cannot be done on stacks."""
+    plan = plan_of(func)
     if plan.leave:
         return handler(func, args, kwargs)
     if plan.direct:
@@ -503,4 +509,5 @@ def _find_functional(plan: _Plan) -> Any:
 
 on_stacks.run = run
 
-from . import inplace  # noqa: E402 - registers rules, and needs `rule` from here
+from . import direct as direct  # noqa: E402 - they register rules
+from . import inplace as inplace  # noqa: E402
