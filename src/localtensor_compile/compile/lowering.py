@@ -19,6 +19,7 @@ from torch import Tensor
 from ..collectives import ops
 from ..collectives.ops import OPS, chunks, settings
 from ..collectives.reduction import reduce_shards
+from ..stacked import row_ops
 
 Shards = Sequence[Tensor]
 
@@ -64,7 +65,7 @@ def register() -> None:
     """Put the decompositions into Inductor's table."""
     from torch._inductor.decomposition import decompositions
 
-    for op, decomposition in _DECOMPOSITIONS.items():
+    for op, decomposition in {**_DECOMPOSITIONS, **row_ops.DECOMPOSITIONS}.items():
         decompositions.setdefault(op, decomposition)
 
 

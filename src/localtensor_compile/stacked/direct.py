@@ -45,10 +45,11 @@ def _views(*ops: Any) -> Callable[[Callable[..., Any]], Rule]:
             out = None if stack is None or kwargs else fn(func, stack, *args[1:])
             if out is None:
                 return NotImplemented
+            shift = args[0]._local_tensors.shift
             if isinstance(out, Tensor):
-                result: Any = _wrap_stacked(out, ranks)
+                result: Any = _wrap_stacked(out, ranks, shift=shift)
             else:
-                result = type(out)(_wrap_stacked(o, ranks) for o in out)
+                result = type(out)(_wrap_stacked(o, ranks, shift=shift) for o in out)
             return aliased(plan_of(func), args, kwargs, result)
 
         return rule(*ops)(run)

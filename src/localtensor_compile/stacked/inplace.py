@@ -7,15 +7,16 @@ of its own could do with its memory, and a row of a stack cannot, is refused.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..values.rank_node import is_ranked
+from ..values.rank_node import is_ranked, value_on_rank
 from ..values.stack import ShardsOfStack
 from ..values.tensor import LocalTensor, _wrap_stacked
+from .row_ops import step_of
 from .run import Ranks, aliased, plan_of, rule
 
 aten = torch.ops.aten
@@ -80,11 +81,35 @@ def _squeeze(func: Any, ranks: Ranks, args: Any, kwargs: Any) -> Any:
 @rule(aten.as_strided.default)
 def _as_strided(func: Any, ranks: Ranks, args: Any, kwargs: Any) -> Any:
     x, size, stride, offset = _strided(*args, **kwargs)
-    if any(is_ranked(n) for n in (*size, *stride, offset)):
+    rows = None if any(is_ranked(n) for n in (*size, *stride)) else _rows(x, ranks, offset)
+    if rows is None:
         return NotImplemented
     stack = _stack(x)
-    out = func(stack, [stack.shape[0], *size], [stack.stride(0), *stride], offset)
-    return aliased(plan_of(func), args, kwargs, _wrap_stacked(out, ranks))
+    out = func(stack, [stack.shape[0], *size], [rows.stride, *stride], rows.offset)
+    return aliased(plan_of(func), args, kwargs, _wrap_stacked(out, ranks, shift=rows.shift))
+
+
+class _Rows(NamedTuple):
+    """Where the rows of a view lie: the first one's offset, their stride, and the view's shift."""
+
+    offset: Any
+    stride: Any
+    shift: int
+
+
+def _rows(x: LocalTensor, ranks: Ranks, offset: Any) -> _Rows | None:
+    """Rows that lie `offset` elements into the memory of each rank, by default where x's lie."""
+    held: Any = x._local_tensors
+    if offset is None:
+        return _Rows(None, held.stack.stride(0), held.shift)
+    shift: int | None = 0
+    if is_ranked(offset):
+        offsets = [value_on_rank(offset, r) for r in ranks]
+        shift = step_of(offsets) if all(type(n) is int for n in offsets) else None
+        if shift is None:
+            return None
+        offset = offsets[0]
+    return _Rows(offset, held.stack.stride(0) - held.shift + shift, shift)
 
 
 def _strided(self: Any, size: Any, stride: Any, storage_offset: Any = None) -> Any:
@@ -94,10 +119,12 @@ def _strided(self: Any, size: Any, stride: Any, storage_offset: Any = None) -> A
 @rule(aten.as_strided_.default)
 def _as_strided_(func: Any, ranks: Ranks, args: Any, kwargs: Any) -> Any:
     x, size, stride, offset = _strided(*args, **kwargs)
-    if any(is_ranked(n) for n in (*size, *stride, offset)):
+    rows = None if any(is_ranked(n) for n in (*size, *stride)) else _rows(x, ranks, offset)
+    if rows is None:
         return NotImplemented
     stack = _stack(x)
-    stack.as_strided_([stack.shape[0], *size], [stack.stride(0), *stride], offset)
+    stack.as_strided_([stack.shape[0], *size], [rows.stride, *stride], rows.offset)
+    x._local_tensors = ShardsOfStack(stack, ranks, rows.shift)
     x._sync_meta()
     return x
 
@@ -109,7 +136,11 @@ def _as_strided_scatter(func: Any, ranks: Ranks, args: Any, kwargs: Any) -> Any:
     stack = _stack(x) if type(x) is LocalTensor else None
     if stack is None or type(source) is not LocalTensor or not stack.is_contiguous():
         return NotImplemented
-    out = func(stack, _stack(source), [stack.shape[0], *size], [stack.stride(0), *stride], offset)
+    rows = None if any(is_ranked(n) for n in (*size, *stride)) else _rows(x, ranks, offset)
+    if rows is None:
+        return NotImplemented
+    place = [stack.shape[0], *size], [rows.stride, *stride], rows.offset
+    out = func(stack, _stack(source), *place)
     return _wrap_stacked(out, ranks)
 
 

@@ -323,12 +323,8 @@ def _on_stacks(
     if numbers:
         from .numbers import with_numbers
 
-        changed = with_numbers(plan.func, ranks, args, kwargs)
-        if changed is None:
-            return NotImplemented
-        if not isinstance(changed, tuple):
-            return changed.result
-        args, kwargs = changed
+        done = with_numbers(plan.func, ranks, args, kwargs)
+        return NotImplemented if done is None else done.result
     if plan.outs:
         return _into_out(plan, ranks, args, kwargs)
     if plan.direct:
@@ -390,10 +386,11 @@ def batched(plan: _Plan, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, 
     """The op through vmap over the rank dimension, or NotImplemented."""
     views = plan.views
     count = len(ranks)
+    shift = shift_of(args) if views else 0
 
     def finish(stack: Tensor, own: bool) -> LocalTensor:
         if views:
-            return _wrap_stacked(stack, ranks)
+            return _wrap_stacked(stack, ranks, shift=shift)
         return wrap(stack if own else expanded(stack.select(0, 0), count), ranks)
 
     try:
@@ -448,6 +445,12 @@ def _each(kind: Any, fn: Callable[[Any], Any], value: Any) -> Any:
     return value
 
 
+def shift_of(args: tuple[Any, ...]) -> int:
+    """The shift of the stack that an op makes a view of (see ShardsOfStack)."""
+    shards = args[0]._local_tensors if args and type(args[0]) is LocalTensor else None
+    return shards.shift if type(shards) is ShardsOfStack else 0
+
+
 def aliased(plan: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
     """`result`, which is a view, with the storage of what it is a view of."""
     if torch.is_inference_mode_enabled() and not args[0].is_inference():
@@ -460,7 +463,7 @@ def aliased(plan: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: An
 def _again(result: Any) -> Any:
     if type(result) is LocalTensor:
         shards = result._local_tensors
-        return _wrap_stacked(shards.stack, shards.ranks)
+        return _wrap_stacked(shards.stack, shards.ranks, shift=shards.shift)
     if isinstance(result, (list, tuple)):
         return type(result)(_again(r) for r in result)
     return result

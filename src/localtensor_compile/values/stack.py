@@ -56,13 +56,18 @@ def rank_set(ranks: tuple[int, ...]) -> frozenset[int]:
 
 
 class ShardsOfStack(Mapping[int, Tensor]):
-    """{rank: shard} over a stack: each shard is a view of it, made when it is asked for."""
+    """{rank: shard} over a stack: each shard is a view of it, made when it is asked for.
 
-    __slots__ = ("ranks", "stack")
+    In a view of a part that starts elsewhere on each rank, a row begins `shift` elements further
+    into its rank's memory than the row before: the ranks' storage offsets differ.
+    """
 
-    def __init__(self, stack: Tensor, ranks: tuple[int, ...]) -> None:
+    __slots__ = ("ranks", "shift", "stack")
+
+    def __init__(self, stack: Tensor, ranks: tuple[int, ...], shift: int = 0) -> None:
         self.stack = stack
         self.ranks = ranks
+        self.shift = shift
         made.any = True
 
     def __getitem__(self, rank: int) -> Tensor:

@@ -164,7 +164,9 @@ class LocalTensor(Tensor):
 
     @_stack.setter
     def _stack(self, value: Tensor) -> None:
-        self._local_tensors = ShardsOfStack(value, tuple(self._local_tensors))
+        held = self._local_tensors
+        shift = held.shift if type(held) is ShardsOfStack else 0
+        self._local_tensors = ShardsOfStack(value, tuple(held), shift)
 
     @property
     def _one(self) -> Tensor:
@@ -376,7 +378,7 @@ def _wrap(shards: Mapping[int, Tensor], requires_grad: bool = False) -> LocalTen
         ShardError: the shards disagree in dtype, device, layout, dimensions or conj/neg bit.
     """
     if type(shards) is ShardsOfStack:
-        return _wrap_stacked(shards.stack, shards.ranks, requires_grad)
+        return _wrap_stacked(shards.stack, shards.ranks, requires_grad, shards.shift)
     it = iter(shards.values())
     first = next(it)
     dtype, device, layout, keys = first.dtype, first.device, first.layout, extra_keys(first)
@@ -427,26 +429,30 @@ def _wrap(shards: Mapping[int, Tensor], requires_grad: bool = False) -> LocalTen
 
 
 def _wrap_stacked(
-    stack: Tensor, ranks: tuple[int, ...], requires_grad: bool = False
+    stack: Tensor, ranks: tuple[int, ...], requires_grad: bool = False, shift: int = 0
 ) -> LocalTensor:
     """A LocalTensor of a stack [ranks, *local], a plain tensor whose rows are the shards.
 
     The wrapper has the storage offset of the first rank's shard, which counts for all ranks: the
-    shards of the others lie a stride further each.
+    shards of the others lie a stride further each. With a `shift` each rank has an offset of its
+    own (see ShardsOfStack).
     """
     shape, stride = stack.shape[1:], stack.stride()[1:]
+    offset: Any = stack.storage_offset()
+    if shift:
+        offset = make_int({r: offset + i * shift for i, r in enumerate(ranks)}, tracing_active())
     result = Tensor._make_wrapper_subclass(
         LocalTensor,
         shape,
         strides=stride,
-        storage_offset=stack.storage_offset(),
+        storage_offset=offset,
         dtype=stack.dtype,
         device=stack.device,
         layout=stack.layout,
         requires_grad=requires_grad,
         _extra_dispatch_keys=extra_keys(stack),
     )
-    result._local_tensors = ShardsOfStack(stack, ranks)
+    result._local_tensors = ShardsOfStack(stack, ranks, shift)
     result._ranks = rank_set(ranks)
     result._size = shape
     result._stride = stride

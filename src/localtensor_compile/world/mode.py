@@ -19,7 +19,7 @@ from torch import Tensor
 from ..collectives import groups, ops
 from ..errors import WorldError
 from ..stacked import counts
-from ..stacked.layout import expanded
+from ..stacked.layout import expanded, is_stacked
 from ..values.ranked import pick
 from ..values.tensor import LocalTensor, _wrap_stacked
 from . import torch_hooks
@@ -270,6 +270,8 @@ def replicate(value: Any, ranks: Collection[int] | None = None) -> Any:
         return value
     requires_grad = getattr(value, "requires_grad", False)
     mode = local_tensor_mode()
+    if is_stacked(value) and set(ranks) == value._ranks:
+        return value.detach().clone().requires_grad_(requires_grad)
     if mode is not None and mode.stacked and type(value) is Tensor:
         with torch._C.DisableTorchFunction():
             stack = expanded(value.detach(), len(ranks))
