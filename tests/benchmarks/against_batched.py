@@ -24,7 +24,7 @@ from .worlds import (
 RANKS = (1, 2, 8, 32, 64, 256, 1024)
 MODELS = (mlp_model(64, 256, 512), block_model(1, 64, 256))
 BOUNDED, MOST = 64, 1.1
-MOST_WORK = 256  # ranks of the larger sizes
+MOST_WORK = 64  # ranks of the larger sizes
 MOST_LOOP = 64
 
 

@@ -115,7 +115,7 @@ def block_model(batch: int, tokens: int, width: int) -> Model:
 
 
 SMALL_MLP = mlp_model(16, 32, 64)
-SMALL_BLOCK = block_model(1, 16, 32)
+SMALL_BLOCK = block_model(1, 16, 64)
 
 
 def stacked_operands(model: Model, ranks: int) -> list[Tensor]:
