@@ -6,6 +6,7 @@ reached by programs without per-rank numbers. `unregister()` takes it out again.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from ..values.bool_node import LocalBoolNode
 from ..values.float_node import LocalFloatNode
 from ..values.int_node import LocalIntNode
 from ..values.rank_node import LocalNode, is_ranked
-from ..values.stack import ShardsOfStack
+from ..values.stack import ShardsOfStack, made
 from ..values.tensor import LocalTensor
 from . import (
     aot_support,
@@ -166,13 +167,32 @@ def _symbols_for_uneven_sizes() -> None:
             for i, size in enumerate(e._size):
                 if is_ranked(size) and context.dynamic_sizes[i] is DimDynamic.STATIC:
                     context.dynamic_sizes[i] = DimDynamic.DUCK
-            if type(e._local_tensors) is ShardsOfStack and hasattr(context, "inner_contexts"):
-                _follow_the_shards(context, DimDynamic.STATIC)
-            if type(e._local_tensors) is ShardsOfStack and hasattr(context, "inner_contexts"):
-                _follow_the_shards(context, DimDynamic.STATIC)
+            if made.any and hasattr(context, "inner_contexts"):
+                if type(e._local_tensors) is ShardsOfStack:
+                    _follow_the_shards(context, DimDynamic.STATIC)
+                _for_the_other_layout(e, context, DimDynamic.STATIC)
         return context
 
     _set(builder, "_automatic_dynamic", automatic_dynamic)
+
+
+def _for_the_other_layout(tensor: LocalTensor, context: Any, static: Any) -> None:
+    """The gradient is made fake after the tensor's context, and may have the other layout."""
+    inner = context.inner_contexts
+    one = next(iter(inner.values()))
+    sizes, constraints = one.dynamic_sizes, one.constraint_sizes
+    stacked = type(tensor._local_tensors) is ShardsOfStack
+    other = dataclasses.replace(
+        one,
+        dynamic_sizes=sizes[1:] if stacked else [static, *sizes],
+        constraint_sizes=constraints[1:] if stacked else [None, *constraints],
+        dynamic_strides=None,
+        constraint_strides=None,
+        view_base_context=None,
+        **({"excluded_sizes": None} if hasattr(one, "excluded_sizes") else {}),
+    )
+    for name in [f"_local_tensor_{r}" for r in tensor._local_tensors] if stacked else ["_stack"]:
+        inner.setdefault(name, other)
 
 
 def _follow_the_shards(context: Any, static: Any) -> None:

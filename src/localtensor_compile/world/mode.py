@@ -96,7 +96,7 @@ class LocalTensorMode:
         self._exits: list[contextlib.ExitStack] = []
         self._function_mode = torch_hooks.function_mode(self)
         self._rng = torch_hooks.rank_generators(self)
-        self._replicas = PlainReplicas(self._sorted_ranks)
+        self._replicas = PlainReplicas(self._sorted_ranks, self.stacked)
 
     def __repr__(self) -> str:
         layout = "" if self.layout == "per_rank" else f", layout={self.layout!r}"

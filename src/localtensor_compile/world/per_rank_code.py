@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .._torch import AsyncCollectiveTensor
 from ..errors import RankDivergence, ShardError, fail
+from ..stacked import sharding
 from ..stacked.layout import can_join, join
 from ..values.ranked import (
     combine,
@@ -24,6 +25,7 @@ from ..values.ranked import (
     pick,
     require_one_structure,
 )
+from ..values.stack import ShardsOfStack, made
 from ..values.tensor import LocalTensor, _checked_shards, _wrap
 from .state import enabled_local_tensor_mode
 
@@ -125,9 +127,13 @@ def for_each_rank(
     The function must have no side effects. `alias=False` says that nobody relies on results that
     share memory with the arguments. Raises RankDivergence where results do not combine.
     """
+    mode = enabled_local_tensor_mode()
+    if made.any:
+        result = sharding.at_once(func, ranks, args, kwargs)
+        if result is not NotImplemented:
+            return result
     flat, spec = pytree.tree_flatten((tuple(args), kwargs))
     results: dict[int, Any] = {}
-    mode = enabled_local_tensor_mode()
     for r in sorted(ranks):
         rank_args, rank_kwargs = pytree.tree_unflatten([pick(a, r) for a in flat], spec)
         if mode is None:
@@ -136,7 +142,21 @@ def for_each_rank(
             results[r] = mode._on_rank(r, func, *rank_args, **rank_kwargs)
     if not alias:
         results = _resolved_alike(results)
-    return combine(results, getattr(func, "__name__", str(func)) + "()")
+    result = combine(results, getattr(func, "__name__", str(func)) + "()")
+    return pytree.tree_map(_off_the_stack, result) if made.any else result
+
+
+def _off_the_stack(value: Any) -> Any:
+    """A LocalTensor of rows of a stack that are not alike, in memory of its own.
+
+    Its ranks would have a storage offset each, which a compiled function cannot take.
+    """
+    if not isinstance(value, LocalTensor) or type(value._local_tensors) is ShardsOfStack:
+        return value
+    shards = value._local_tensors
+    if len({t.storage_offset() for t in shards.values()}) == 1:
+        return value
+    return _wrap({r: t.clone() for r, t in shards.items()})
 
 
 def _resolved_alike(results: dict[int, Any]) -> dict[int, Any]:

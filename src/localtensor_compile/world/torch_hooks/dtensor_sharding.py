@@ -25,27 +25,31 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._op_schema import OpSchema
 from torch.utils import _pytree as pytree
 
+from ..._torch import tracing_active
+from ...stacked import sharding
 from ...values.rank_node import is_ranked, value_on_rank
+from ...values.stack import made
 from .. import per_rank_code
-from ..mesh import per_rank_int
-from ..state import enabled_local_tensor_mode
+from ..mesh import coordinates, per_rank_int
+from ..state import acting, enabled_local_tensor_mode
 
 Replacement = tuple[Any, str, Any]
 
 
 def replacements() -> Iterator[Replacement]:
     yield from _once_per_rank()
+    yield from _distribution()
     yield from _propagation()
 
 
 def _once_per_rank() -> Iterator[Replacement]:
     name = "compute_global_tensor_info"
-    guess = per_rank_code.maybe_run_for_local_tensor(_plain(getattr(tensor_utils, name)))
+    guess = _per_rank(_plain(getattr(tensor_utils, name)))
     for module in (tensor_utils, tensor_api):
         yield module, name, guess
     chunk = getattr(placement_types.Shard, "_custom_chunk", None)
     if chunk is not None:  # not in every supported version
-        per_rank_chunk = per_rank_code.maybe_run_for_local_tensor(chunk)
+        per_rank_chunk = _per_rank(chunk)
         yield placement_types.Shard, "_custom_chunk", staticmethod(per_rank_chunk)
     name = "_chunk_or_narrow_cat"  # of all_gather and reduce_scatter along another dimension
     if hasattr(torch._utils, name):
@@ -54,11 +58,60 @@ def _once_per_rank() -> Iterator[Replacement]:
             yield module, name, chunk_cat
 
 
+def _per_rank(func: Any) -> Any:
+    """`func` once per rank, or once for all ranks of stacked tensors."""
+    per_rank = per_rank_code.maybe_run_for_local_tensor(func)
+
+    @functools.wraps(func)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        mode = enabled_local_tensor_mode()
+        if mode is not None and made.any:
+            result = sharding.at_once(func, mode.ranks, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        return per_rank(*args, **kwargs)
+
+    return run
+
+
+def _distribution() -> Iterator[Replacement]:
+    """distribute_tensor cuts a tensor into a list of chunks, one for each rank, and scatters it."""
+    for kind in (placement_types.Shard, getattr(placement_types, "_StridedShard", None)):
+        original = getattr(kind, "__dict__", {}).get("_shard_tensor")
+        if original is not None:  # not in every supported version
+            yield kind, "_shard_tensor", _scattering(original)
+
+
+def _scattering(original: Any) -> Any:
+    @functools.wraps(original)
+    def shard_tensor(
+        self: Any, tensor: Any, mesh: Any, mesh_dim: int, *rest: Any, **kw: Any
+    ) -> Any:
+        source = rest[0] if rest else kw.get("src_data_rank", 0)
+        mode = enabled_local_tensor_mode()
+        if mode is not None and mode.stacked and acting.rank is None and not tracing_active():
+            places = coordinates(mesh, mode._sorted_ranks)
+            if places is not None:
+                result = sharding.scattered(
+                    self, tensor, mode._sorted_ranks, places, mesh_dim, mesh.size(mesh_dim), source
+                )
+                if result is not NotImplemented:
+                    return result
+        return original(self, tensor, mesh, mesh_dim, *rest, **kw)
+
+    return shard_tensor
+
+
 def _chunks_per_rank(original: Any) -> Any:
     per_rank = per_rank_code.maybe_run_for_local_tensor(original)
 
     @functools.wraps(original)
     def chunk_cat(tensor: Any, num_chunks: int, narrow_dim: int, cat_dim: int = 0) -> Any:
+        mode = enabled_local_tensor_mode()
+        if mode is not None and mode.stacked:
+            joined = sharding.chunked_cat(tensor, num_chunks, narrow_dim, cat_dim)
+            if joined is not NotImplemented:
+                return joined
         if torch.compiler.is_dynamo_compiling():  # which skips the original unless found by name
             return torch.cat(torch.chunk(tensor, num_chunks, dim=narrow_dim), dim=cat_dim)
         return per_rank(tensor, num_chunks, narrow_dim, cat_dim)
@@ -72,6 +125,8 @@ def _plain(builtin: Any) -> Any:
     def compute_global_tensor_info(*args: Any) -> Any:
         return builtin(*args)
 
+    compute_global_tensor_info.__module__ = tensor_utils.__name__
+    compute_global_tensor_info.__qualname__ = "compute_global_tensor_info"
     return compute_global_tensor_info
 
 
