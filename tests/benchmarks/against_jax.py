@@ -19,7 +19,7 @@ from torch import Tensor
 from .machine import cores
 from .models import Loss, module_step, tp_mlp, tp_mlp_batched, train_step
 from .plot import Plot
-from .report import Bound, Section, figure, milliseconds, ratio
+from .report import Bound, Section, figure, milliseconds, progress, ratio
 from .timing import LEAST, once
 from .worlds import BATCHED, STACKED, compiled, mode, process_group
 
@@ -182,6 +182,7 @@ def run(quick: bool) -> Section | str:
                     ratio(mine / found[BATCHED]),
                 ]
             )
+            progress("against_jax", rows[-1])
             if ranks in BOUNDED:
                 name = f"{count} core{'s' * (count > 1)}, W = {ranks}"
                 bounds.append(Bound(name, mine / found[JAX], at_most=1.0))

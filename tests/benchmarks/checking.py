@@ -23,7 +23,7 @@ from .worlds import PER_RANK, STACKED
 
 _LAYOUTS = "layout" in inspect.signature(lt.check).parameters
 
-RANKS = (2, 8)
+RANKS = (8,)
 BOUNDED, LEAST = 8, 10.0
 
 

@@ -10,7 +10,7 @@ from torch._inductor.utils import clear_caches
 
 from .graph_nodes import contestants
 from .plot import Plot
-from .report import Bound, Section, figure
+from .report import Bound, Section, figure, progress
 from .timing import Timed, once, single
 from .worlds import PER_RANK, STACKED, compiled, process_group
 
@@ -79,4 +79,6 @@ def take_turns(
     compile_seconds(contestant, 2, backend)
     calls = {str(r): partial(compile_seconds, contestant, r, backend) for r in worlds}
     seconds = single(calls, rounds)
-    curves[f"{program}, {layout}, {backend}"] = {int(r): s for r, s in seconds.items()}
+    name = f"{program}, {layout}, {backend}"
+    curves[name] = {int(r): s for r, s in seconds.items()}
+    progress("compile_time", [name, *(f"W = {r}: {figure(s)} s" for r, s in seconds.items())])

@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from .models import SMALL_BLOCK, SMALL_MLP, fsdp_mlp, tp_mlp
 from .plot import Plot
-from .report import Bound, Section
+from .report import Bound, Section, progress
 from .timing import Timed
 from .worlds import OWN, PER_RANK, STACKED, compiled, module, ours, own, process_group
 
@@ -64,6 +64,7 @@ def run(quick: bool) -> Section:
         for ranks in everywhere if flat else growing:
             with process_group(ranks):
                 curves[name][ranks] = nodes(contestant, ranks)
+        progress("graph_nodes", [name, *(f"W = {r}: {n}" for r, n in curves[name].items())])
     rows = [
         [name, *(f"{curve[r]:.0f}" if r in curve else "" for r in everywhere)]
         for name, curve in curves.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,11 @@ def figure(value: float) -> str:
     if value == 0 or abs(value) >= 100:
         return f"{value:.0f}"
     return f"{value:.3g}" if abs(value) < 1 else f"{value:.{2 if abs(value) < 10 else 1}f}"
+
+
+def progress(name: str, row: Sequence[str]) -> None:
+    """A row as it is found; the table comes at the end."""
+    print(f"{name}: {', '.join(row)}", file=sys.stderr, flush=True)
 
 
 def milliseconds(seconds: float) -> str:
