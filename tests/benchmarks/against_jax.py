@@ -24,7 +24,7 @@ from .timing import LEAST, once
 from .worlds import BATCHED, STACKED, compiled, mode, process_group
 
 JAX = "JAX"
-RANKS = (2, 8, 64)
+RANKS = (8, 64)
 COMPILED = (2, 8, 64, 256)
 SIZE = (64, 256, 1024)  # tokens, width, hidden width of all ranks together
 BOUNDED = (8, 64)
