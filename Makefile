@@ -33,8 +33,8 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## timings as ratios, side by side in one run
-	$(BIN)/python -m tests.benchmarks.run
+bench: $(STAMP)  ## one script per claim; JAX_PYTHON=python with jax adds that comparison
+	$(BIN)/python -m tests.benchmarks
 
 gpu:  ## the core checks on CUDA, with the machine's own python3 and torch; skips cleanly without a GPU
 	PYTHONPATH=src $(PYTHON) -m pytest -q -p no:cacheprovider -o filterwarnings=default -m gpu tests/gpu
