@@ -20,7 +20,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from localtensor_compile import World
 
 Outputs = dict[str, Any]
-HANG, CORRUPT, ERROR = "hang", "corrupt", "error"
+HANG, CORRUPT, ERROR, FRAGILE = "hang", "corrupt", "error", "fragile"
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def functional_collectives_differ(world: World) -> Outputs:
         y = funcol.all_reduce(x, "sum", dist.group.WORLD)  # !
     else:
         y = funcol.all_gather_tensor(x, 0, dist.group.WORLD)  # !
-    return {"y": y + 0}
+    return {"y": y + 0}  # !
 
 
 @faulty("deadlock", size=2)
@@ -166,7 +166,7 @@ def only_rank_zero_reduces(world: World) -> Outputs:
     loss = _ones(1)
     if dist.get_rank() == 0:
         dist.all_reduce(loss)  # !
-    return {"loss": loss}
+    return {"loss": loss}  # !
 
 
 @faulty("only some ranks")
@@ -175,7 +175,7 @@ def reduces_for_the_log(world: World) -> Outputs:
     if dist.get_rank() == 0:
         dist.all_reduce(loss)  # !
     dist.all_reduce(grad)  # !
-    return {"grad": grad}
+    return {"grad": grad}  # !
 
 
 @faulty("only some ranks")
@@ -183,7 +183,7 @@ def short_circuits(world: World) -> Outputs:
     x = _ones()
     rank = dist.get_rank()
     rank == 1 and dist.all_reduce(x)  # !
-    return {"x": x}
+    return {"x": x}  # !
 
 
 @faulty("only some ranks")
@@ -191,7 +191,7 @@ def barrier_where_the_loss_is_high(world: World) -> Outputs:
     loss = _ones(1).mean()
     if loss > 1.5:
         dist.barrier()  # !
-    return {"loss": loss}
+    return {"loss": loss}  # !
 
 
 @faulty("only some ranks", size=3)
@@ -199,7 +199,7 @@ def leaves_early(world: World) -> Outputs:
     x = _ones()
     dist.all_reduce(x)
     if dist.get_rank() == 1:
-        return {"x": x}
+        return {"x": x}  # !
     dist.broadcast(x, 0)  # !
     return {"x": x}
 
@@ -214,7 +214,7 @@ def skips_a_bad_batch(world: World) -> Outputs:
             dist.all_reduce(x)  # !
         except ValueError:
             continue
-    return {"x": x}
+    return {"x": x}  # !
 
 
 @faulty("only some ranks", size=3)
@@ -222,7 +222,7 @@ def loops_as_often_as_it_has_data(world: World) -> Outputs:
     x = _ones()
     for _ in range(dist.get_rank() + 1):
         dist.all_reduce(x)  # !
-    return {"x": x}
+    return {"x": x}  # !
 
 
 @faulty("only some ranks")
@@ -230,7 +230,7 @@ def counts_barriers_differently(world: World) -> Outputs:
     dist.barrier()
     if dist.get_rank() == 0:
         dist.barrier()  # !
-    return {"x": torch.ones(1)}
+    return {"x": torch.ones(1)}  # !
 
 
 @faulty("only some ranks")
@@ -238,7 +238,7 @@ def gathers_objects_on_rank_zero(world: World) -> Outputs:
     found: list[Any] = [None, None]
     if dist.get_rank() == 0:
         dist.all_gather_object(found, {"loss": 1.0})  # !
-    return {"x": torch.ones(1)}
+    return {"x": torch.ones(1)}  # !
 
 
 @faulty("only some ranks")
@@ -247,7 +247,7 @@ def saves_a_sharded_tensor_on_rank_zero(world: World) -> Outputs:
     weight = distribute_tensor(torch.arange(8.0).reshape(4, 2), mesh, [Shard(0)])
     if dist.get_rank() == 0:
         torch.clone(weight.full_tensor())  # !
-    return {"x": torch.ones(1)}
+    return {"x": torch.ones(1)}  # !
 
 
 @faulty("only some ranks")
@@ -256,7 +256,7 @@ def redistributes_in_a_branch(world: World) -> Outputs:
     x = distribute_tensor(torch.arange(8.0).reshape(4, 2), mesh, [Shard(0)])
     if x.to_local().sum() > 10:
         x = x.redistribute(mesh, [Replicate()])  # !
-    return {"x": torch.ones(1)}
+    return {"x": torch.ones(1)}  # !
 
 
 @faulty("a rank fails", size=3)
@@ -356,6 +356,13 @@ def broadcasts_into_a_small_tensor(world: World) -> Outputs:
     return {"x": x}
 
 
+@faulty("shapes", outcome=CORRUPT, right=lambda rank, size: {"x": torch.ones(1000)})
+def broadcasts_into_a_large_tensor(world: World) -> Outputs:
+    x = torch.ones(10) if dist.get_rank() == 0 else torch.zeros(1000)
+    dist.broadcast(x, 0)  # !
+    return {"x": x}
+
+
 @faulty("shapes", outcome=ERROR)
 def gathers_uneven_shards(world: World) -> Outputs:
     x = _ones(1000 + 500 * dist.get_rank())
@@ -371,6 +378,22 @@ def reduce_scatters_other_sizes(world: World) -> Outputs:
     return {"x": x}
 
 
+@faulty("shapes", outcome=ERROR, size=3)
+def gathers_into_a_short_list(world: World) -> Outputs:
+    rank = dist.get_rank()
+    found = [torch.empty(1000) for _ in range(3)] if rank == 0 else None
+    dist.gather(_ones(2000 if rank == 2 else 1000), found, dst=0)  # !
+    return {"x": torch.ones(1)}
+
+
+@faulty("shapes", outcome=ERROR, size=3)
+def scatters_into_a_small_tensor(world: World) -> Outputs:
+    rank = dist.get_rank()
+    given = [torch.ones(1000) for _ in range(3)] if rank == 0 else None
+    dist.scatter(torch.empty(10 if rank == 2 else 1000), given, src=0)  # !
+    return {"x": torch.ones(1)}
+
+
 @faulty("splits", outcome=ERROR)
 def expects_other_splits(world: World) -> Outputs:
     rank = dist.get_rank()
@@ -378,6 +401,14 @@ def expects_other_splits(world: World) -> Outputs:
     expected = [1, 2] if rank == 0 else [2, 2]
     y = torch.empty(sum(expected), 1000)
     dist.all_to_all_single(y, torch.ones(4, 1000), expected, sent)  # !
+    return {"y": y}
+
+
+@faulty("splits", outcome=CORRUPT, right=lambda rank, size: {"y": torch.ones(5, 10)})
+def expects_more_rows(world: World) -> Outputs:
+    expected = [2, 3] if dist.get_rank() == 0 else [3, 2]
+    y = torch.zeros(5, 10)
+    dist.all_to_all_single(y, torch.ones(4, 10), expected, [2, 2])  # !
     return {"y": y}
 
 
@@ -395,7 +426,7 @@ def sends_to_nobody(world: World) -> Outputs:
     x = _ones()
     if dist.get_rank() == 0:
         dist.send(x, 1)  # !
-    return {"x": x}
+    return {"x": x}  # !
 
 
 @faulty("recv without send")
@@ -403,7 +434,7 @@ def receives_from_nobody(world: World) -> Outputs:
     x = _ones()
     if dist.get_rank() == 1:
         dist.recv(x, 0)  # !
-    return {"x": x}
+    return {"x": x}  # !
 
 
 @faulty("recv without send")
@@ -414,7 +445,7 @@ def receives_from_any_once_too_often(world: World) -> Outputs:
         dist.recv(x)  # !
     else:
         dist.send(x, 0)
-    return {"x": x}
+    return {"x": x}  # !
 
 
 @faulty("recv without send", size=3)
@@ -425,7 +456,7 @@ def receives_more_than_is_sent(world: World) -> Outputs:
             dist.send(x, 2)
         elif rank == 2:
             dist.recv(x, 1)  # !
-    return {"x": x}
+    return {"x": x}  # !
 
 
 @faulty("tags")
@@ -485,6 +516,17 @@ def receives_into_a_small_tensor(world: World) -> Outputs:
     return {"x": x}
 
 
+@faulty("shapes", outcome=CORRUPT, right=lambda rank, size: {"x": torch.ones(1000)})
+def receives_into_a_large_tensor(world: World) -> Outputs:
+    if dist.get_rank() == 0:
+        x = torch.ones(10)
+        dist.send(x, 1)  # !
+    else:
+        x = torch.zeros(1000)
+        dist.recv(x, 0)  # !
+    return {"x": x}
+
+
 @faulty("dtypes", outcome=CORRUPT, right=lambda rank, size: {"x": torch.full((4,), 1.0)})
 def receives_another_dtype(world: World) -> Outputs:
     x = torch.ones(4)
@@ -505,18 +547,47 @@ def batches_without_the_last_rank(world: World) -> Outputs:
     if rank == 1:
         ops.append(dist.P2POp(dist.irecv, y, 0))
     for work in dist.batch_isend_irecv(ops) if ops else ():  # !
-        work.wait()
-    return {"y": y}
+        work.wait()  # !
+    return {"y": y}  # !
+
+
+# ---------------------------------------------------------------- in helpers, without waiting
+def _log(loss: Tensor) -> None:
+    dist.all_reduce(loss)  # !helper
+
+
+@faulty("only some ranks")
+def logs_through_a_helper(world: World) -> Outputs:
+    loss = _ones(1)
+    if dist.get_rank() == 1:
+        _log(loss)
+    return {"loss": loss}  # !
+
+
+@faulty("only some ranks", outcome=CORRUPT, right=lambda rank, size: {"x": torch.full((4,), 3.0)})
+def starts_a_collective_and_forgets_it(world: World) -> Outputs:
+    x = _ones()
+    if dist.get_rank() == 0:
+        dist.all_reduce(x, async_op=True)  # !
+    return {"x": x}  # !
+
+
+@faulty("send without recv", outcome=FRAGILE)
+def starts_a_send_and_forgets_it(world: World) -> Outputs:
+    x = _ones()
+    if dist.get_rank() == 0:
+        dist.isend(x, 1)  # !
+    return {"x": torch.ones(1)}  # !
 
 
 # ---------------------------------------------------------------- process groups
-@faulty("only some ranks", size=3)
+@faulty("only some ranks", outcome=FRAGILE, size=3)
 def only_members_make_the_group(world: World) -> Outputs:
     x = _ones()
     if dist.get_rank() < 2:
         pair = dist.new_group([0, 1])  # !
         dist.all_reduce(x, group=pair)
-    return {"x": x}
+    return {"x": x}  # !
 
 
 @faulty("groups", size=3)
@@ -538,10 +609,20 @@ def makes_groups_in_another_order(world: World) -> Outputs:
     return {"x": x}
 
 
+@faulty("groups", size=3)
+def members_make_a_group_before_all_do(world: World) -> Outputs:
+    x = _ones()
+    if dist.get_rank() < 2:
+        dist.new_group([0, 1])  # !
+    everyone = dist.new_group([0, 1, 2])  # !
+    dist.all_reduce(x, group=everyone)
+    return {"x": x}
+
+
 @faulty("only some ranks", size=4)
 def half_of_the_ranks_make_a_mesh(world: World) -> Outputs:
     x = _ones()
     if dist.get_rank() % 2 == 0:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))  # !
         dist.all_reduce(x, group=mesh.get_group("tp"))
-    return {"x": x}
+    return {"x": x}  # !

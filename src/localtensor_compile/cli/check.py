@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc-per-node",
         "--nproc_per_node",
-        type=_positive_int,
+        type=positive_int,
         default=4,
         metavar="N",
         help="number of ranks, as torchrun spells it (default: %(default)s)",
@@ -105,7 +105,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return 2
 
 
-def _positive_int(text: str) -> int:
+def positive_int(text: str) -> int:
+    """A number of ranks."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not a number of ranks: at least 1")

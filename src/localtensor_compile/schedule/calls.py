@@ -15,6 +15,7 @@ from ..golden.source import Source
 COLLECTIVE, SEND, RECV, GROUP = "collective", "send", "recv", "group"
 
 WORLD = "world"
+NEW_GROUP, LOCAL_NEW_GROUP = "new_group", "new_group(use_local_synchronization)"
 
 
 @dataclass(frozen=True)

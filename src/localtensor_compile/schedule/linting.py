@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from .calls import Records
 from .comparing import compare
-from .findings import GROUPS, HANG, Finding
-from .matching import match
-from .stuck import skipped_groups, stuck
+from .findings import GROUPS, HANG, Finding, Place
+from .matching import Matched, Meeting, match
+from .stuck import skipped_groups, stuck, waiting_places
 
 
 def findings(records: Records) -> list[Finding]:
@@ -16,21 +19,55 @@ def findings(records: Records) -> list[Finding]:
         records: rank -> what it did, of all ranks of a world.
     """
     matched = match(records)
-    found = []
+    found: list[Finding] = []
     explained = set(matched.halted)
-    seen = set()
     for meeting in matched.meetings:
         finding = compare(meeting)
         if finding is None:
             continue
-        if not meeting.met or finding.kind == GROUPS:
+        # Once ranks have made other groups, whatever they do with them follows from that.
+        if finding.kind == GROUPS and any(f.kind == GROUPS for f in found):
+            continue
+        found.append(_with_waits(finding, meeting, matched))
+        if finding.kind == GROUPS:
+            explained.update(matched.blocked)
+        elif not meeting.met:
             explained.update(r for r, b in matched.blocked.items() if b.meeting is meeting)
-        # The same lines again, in a loop, are one mistake.
-        key = (finding.kind, finding.lines, finding.ranks)
-        if key not in seen:
-            seen.add(key)
-            found.append(finding)
     found += stuck(records, matched, explained)
-    if not any(f.kind == GROUPS or f.outcome == HANG for f in found):
+    if not any(f.outcome == HANG for f in found):
         found += skipped_groups(records, matched)
-    return found
+    return _merged(found)
+
+
+def _with_waits(finding: Finding, meeting: Meeting, matched: Matched) -> Finding:
+    """With the lines in which ranks wait, which may be others than those of the calls."""
+    waiting = [r for r, b in sorted(matched.blocked.items()) if b.meeting is meeting]
+    if finding.outcome != HANG or not waiting:
+        return finding
+    return replace(
+        finding,
+        places=finding.places + waiting_places(matched.blocked, waiting),
+        waits={r: matched.blocked[r].event.source for r in waiting},
+    )
+
+
+def _merged(found: Iterable[Finding]) -> list[Finding]:
+    """The same mistake in the same lines, of other ranks or again in a loop, is one."""
+    result: dict[object, Finding] = {}
+    for finding in found:
+        key = (finding.kind, finding.outcome, finding.lines)
+        known = result.get(key)
+        if known is None:
+            result[key] = finding
+            continue
+        places: dict[tuple[object, ...], Place] = {(p.text, p.source): p for p in known.places}
+        for place in finding.places:
+            same = places.get((place.text, place.source))
+            ranks = {*place.ranks, *(same.ranks if same else ())}
+            places[place.text, place.source] = replace(place, ranks=tuple(sorted(ranks)))
+        result[key] = replace(
+            known,
+            places=tuple(places.values()),
+            waits={**finding.waits, **known.waits},
+        )
+    return list(result.values())

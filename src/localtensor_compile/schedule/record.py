@@ -22,6 +22,8 @@ from ..golden.source import Source
 from .calls import (
     COLLECTIVE,
     GROUP,
+    LOCAL_NEW_GROUP,
+    NEW_GROUP,
     RECV,
     RETURNED,
     SEND,
@@ -105,7 +107,7 @@ class Recorder:
         """
         members = tuple(sorted(ranks))
         group = Group(name, members, self._label(name, members, description))
-        op = "new_group(use_local_synchronization)" if local else "new_group"
+        op = LOCAL_NEW_GROUP if local else NEW_GROUP
         return self._add(
             Call(rank, 0, GROUP, op, group, waits=True, stack=user_stack()),
             members if local else None,
@@ -168,6 +170,8 @@ def _read(method: str, args: Sequence[Any], group: Group, rank: int) -> Call:
     if method in _SPLITS:
         received, sent = (tuple(int(n) for n in args[i]) for i in (2, 3))
         splits = (sent, received) if sent or received else None
+    if len(given) == 1:
+        op = op.removesuffix("_coalesced")  # what functional collectives of one tensor are
     reduce_op = getattr(options, "reduceOp", None) if "reduce" in op else None
     root = getattr(options, "rootRank", None)
     return Call(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..golden.source import Source
 from .branches import branch_of
-from .calls import GROUP, RAISED, RECV, RETURNED, SEND, Call, Records, Wait
+from .calls import GROUP, NEW_GROUP, RAISED, RECV, RETURNED, SEND, Call, Records, Wait
 from .findings import (
     CORRUPT,
     DEADLOCK,
@@ -23,7 +23,7 @@ from .findings import (
     Place,
     places_of,
 )
-from .matching import Matched, Meeting, like
+from .matching import Blocked, Matched, Meeting, like
 from .wording import ranks_of
 
 
@@ -82,33 +82,29 @@ class _Stuck:
 
     def _places(self, ranks: Sequence[int]) -> tuple[Place, ...]:
         """The calls in which ranks wait, and where they wait for them if that is elsewhere."""
-        calls, waits = [], []
-        for rank in ranks:
-            blocked = self.blocked[rank]
-            call = blocked.meeting.calls[rank]
-            calls.append(call)
-            if isinstance(blocked.event, Wait) and blocked.event.source != call.source:
-                waits.append(Place((rank,), f"waits for {call.op}", blocked.event.source))
-        return places_of(calls) + tuple(waits)
+        calls = [self.blocked[rank].meeting.calls[rank] for rank in ranks]
+        return places_of(calls) + waiting_places(self.blocked, ranks)
 
     # ---- for a rank that raised
     def _for_failed(self) -> Iterator[Finding]:
+        failed: dict[tuple[str, Source | None], list[int]] = {}
         for rank, record in self.records.items():
-            if not self._ended(rank, RAISED) or rank in self.explained:
-                continue
-            waiting = [r for r, b in self.blocked.items() if rank in b.meeting.missing]
-            self.explained.add(rank)
-            self._explain(waiting)
-            raised = Place((rank,), f"raises {record.error}", record.source)
+            if self._ended(rank, RAISED) and rank not in self.explained:
+                failed.setdefault((record.error, record.source), []).append(rank)
+        for (error, source), ranks in failed.items():
+            waiting = [r for r, b in self.blocked.items() if {*ranks} & {*b.meeting.missing}]
+            waiting = [r for r in waiting if r not in self.explained]
+            self._explain([*ranks, *waiting])
+            one = len(ranks) == 1
+            raised = Place(tuple(ranks), f"raise{'s' if one else ''} {error}", source)
             yield Finding(
                 FAILS,
                 HANG if waiting else ERROR,
-                f"rank {rank} raises {record.error}",
+                f"{ranks_of(ranks)} {raised.text}",
                 (raised, *self._places(waiting)),
-                "the rank ends; those that wait for it hang until a time-out or until the launcher "
-                "ends them."
+                "those that wait for it hang until a time-out, or until the launcher ends them."
                 if waiting
-                else "the rank ends with this error.",
+                else f"{'the rank ends' if one else 'the ranks end'} with this error.",
                 "let the rank not raise, or let all ranks learn of it: all_reduce a flag before "
                 "the next collective.",
                 {r: self.blocked[r].event.source for r in waiting},
@@ -143,17 +139,20 @@ class _Stuck:
         )
         if extra.source != last.source:
             places.insert(0, *places_of([extra]))
-        places += self._ends(gone, last)
+        places += ends(self.records, gone)
         name = "new_group" if last.kind == GROUP else extra.op
         mine, theirs = (len(like(self.records, r, last)) for r in (here[0], gone[0]))
         counts = f"{mine} times on {ranks_of(here[:1])} and {theirs} times on {ranks_of(gone[:1])}"
+        wait = "goes on with what it had" if outcome == CORRUPT else "waits for ever"
+        if len(here) > 1:
+            wait = "go on with what they had" if outcome == CORRUPT else "wait for ever"
         what = "new_group is called" if last.kind == GROUP else f"{last.group} has collectives"
         return Finding(
             SOME_RANKS,
             outcome,
             f"{name} of {ranks_of(here)} is not called by {ranks_of(gone)}",
             tuple(places),
-            f"{what} {counts}: {ranks_of(here)} wait for ever" + (f"; {hint}." if hint else "."),
+            f"{what} {counts}: {ranks_of(here)} {wait}" + (f"; {hint}." if hint else "."),
             "call it on all ranks of the group, or on none: take it out of the branch or the "
             "loop, or decide the branch by a value that all ranks share.",
             self._waiting_in(meeting),
@@ -173,24 +172,16 @@ class _Stuck:
         ]
         return extra[-1] if extra and len(mine) - len(theirs) == len(extra) else last
 
-    def _ends(self, ranks: Sequence[int], last: Call) -> Iterator[Place]:
-        by_line: dict[Source | None, list[int]] = {}
-        for rank in ranks:
-            by_line.setdefault(self.records[rank].source, []).append(rank)
-        for source, found in by_line.items():
-            yield Place(tuple(found), "returns", source)
-
     # ---- messages
     def _one_sided(self, meeting: Meeting, here: Sequence[int]) -> Finding:
         call = meeting.first
         others = ranks_of(meeting.missing)
-        places = (
-            (*self._places(here), *self._ends(meeting.missing, call)) if here else places_of([call])
-        )
+        began = self._places(here) if here else places_of([call])
+        places = (*began, *ends(self.records, meeting.missing))
         if call.kind == SEND:
             return Finding(
                 NO_RECV,
-                HANG if here else CORRUPT,
+                HANG if here else FRAGILE,
                 f"rank {call.rank} sends to {others}, which does not receive it",
                 places,
                 "the send waits for the receiver for ever (with NCCL small ones return, and what "
@@ -288,19 +279,18 @@ def _tags_alone_differ(one: Call, other: Call) -> bool:
 
 def skipped_groups(records: Records, matched: Matched) -> list[Finding]:
     """Groups that only their members have made: later ones get different names."""
-    made = {rank: [c for c in r.calls if c.kind == GROUP] for rank, r in records.items()}
+    made = {rank: [c for c in r.calls if c.op == NEW_GROUP] for rank, r in records.items()}
     least = min(len(calls) for calls in made.values())
     extra = [calls[least] for calls in made.values() if len(calls) > least]
     behind = [r for r, calls in made.items() if len(calls) == least]
     if not extra or any(records[r].end != RETURNED or r in matched.blocked for r in records):
         return []
-    ends = [Place((r,), "returns", records[r].source) for r in behind]
     return [
         Finding(
             SOME_RANKS,
             FRAGILE,
             f"new_group of {ranks_of(c.rank for c in extra)} is not called by {ranks_of(behind)}",
-            (*places_of(extra), *_joined(ends)),
+            (*places_of(extra), *ends(records, behind)),
             "this goes on: only the members wait for each other. But torch numbers groups, so that "
             "the next group of all these ranks has two names and hangs.",
             "call new_group on every rank, also for groups that the rank is not in, or pass "
@@ -309,9 +299,21 @@ def skipped_groups(records: Records, matched: Matched) -> list[Finding]:
     ]
 
 
-def _joined(places: Sequence[Place]) -> list[Place]:
-    """Places of equal text and line as one."""
+def ends(records: Records, ranks: Sequence[int]) -> Iterator[Place]:
+    """Where ranks return."""
+    by_line: dict[Source | None, list[int]] = {}
+    for rank in ranks:
+        by_line.setdefault(records[rank].source, []).append(rank)
+    for source, found in by_line.items():
+        yield Place(tuple(found), "returns" if len(found) == 1 else "return", source)
+
+
+def waiting_places(blocked: Mapping[int, Blocked], ranks: Sequence[int]) -> tuple[Place, ...]:
+    """Where ranks wait for calls that they have made elsewhere."""
     found: dict[tuple[str, Source | None], list[int]] = {}
-    for place in places:
-        found.setdefault((place.text, place.source), []).extend(place.ranks)
-    return [Place(tuple(ranks), text, source) for (text, source), ranks in found.items()]
+    for rank in ranks:
+        event, call = blocked[rank].event, blocked[rank].meeting.calls[rank]
+        if isinstance(event, Wait) and event.source != call.source:
+            text = f"waits for {call.op}"
+            found.setdefault((text, event.source), []).append(rank)
+    return tuple(Place(tuple(r), text, source) for (text, source), r in found.items())
