@@ -25,6 +25,9 @@ BACKEND = "localtensor_runner"
 NewGroup = Callable[[str, tuple[int, ...], int], Any]
 """(group name, global ranks; empty: all, size) -> the process group of the thread's rank."""
 
+MakesGroup = Callable[[str, tuple[int, ...], str], None]
+"""(group name, global ranks; empty: all, description): the thread's rank makes a group."""
+
 
 # ---------------------------------------------------------------- state of the process per rank
 def process_wide_names() -> list[tuple[Any, str, Callable[[], Any]]]:
@@ -62,14 +65,17 @@ def generators() -> list[torch.Generator]:
 
 # ---------------------------------------------------------------- replaced while ranks run
 @contextlib.contextmanager
-def installed(new_group: NewGroup) -> Iterator[None]:
-    """Context manager: process groups that rank threads make are made by `new_group`."""
+def installed(new_group: NewGroup, makes_group: MakesGroup) -> Iterator[None]:
+    """Context manager: process groups that rank threads make are made by `new_group`.
+
+    `makes_group` is called before, also by ranks that are no members.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_backend(new_group))
         isolate = torch._C._distributed_c10d._set_thread_isolation_mode
         isolate(True)  # names of groups mean another group in every thread
         stack.callback(isolate, False)
-        for owner, name, replacement in _replacements():
+        for owner, name, replacement in _replacements(makes_group):
             stack.callback(setattr, owner, name, owner.__dict__[name])
             setattr(owner, name, replacement)
         yield
@@ -95,19 +101,22 @@ def _backend(new_group: NewGroup) -> Iterator[None]:
             setattr(backend, table, content)
 
 
-def _replacements() -> Iterator[tuple[Any, str, Any]]:
-    yield c10d, "_new_process_group_helper", _group_helper(c10d._new_process_group_helper)
+def _replacements(makes_group: MakesGroup) -> Iterator[tuple[Any, str, Any]]:
+    helper = _group_helper(c10d._new_process_group_helper, makes_group)
+    yield c10d, "_new_process_group_helper", helper
     mesh = device_mesh.DeviceMesh
     yield mesh, "__init__", _mesh_of_thread(mesh.__init__)
 
 
-def _group_helper(original: Any) -> Any:
+def _group_helper(original: Any, makes_group: MakesGroup) -> Any:
     @functools.wraps(original)
     def helper(
         size: Any, rank: Any, ranks: Any, backend: Any, store: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if current_rank() is None or backend == c10d.Backend.FAKE:
             return original(size, rank, ranks, backend, store, *args, **kwargs)
+        name = args[0] if args else kwargs["group_name"]
+        makes_group(str(name), tuple(ranks), kwargs.get("group_desc") or "")
         kwargs.pop("backend_options", None)
         kwargs.pop("device_id", None)
         group, prefix = original(size, rank, ranks, BACKEND, store, *args, **kwargs)

@@ -35,6 +35,7 @@ class Call:
         tag: of send and recv.
         line: the user's line.
         number: how many collectives the rank called on this group before.
+        extra: "source": of a recv that is done, the global rank that sent.
     """
 
     rank: int

@@ -18,6 +18,8 @@ from .process_state import Piece, ProcessState
 from .scheduler import Scheduler, current_rank
 from .store import RunnerStore
 
+GroupObserver = Callable[[int, str, tuple[int, ...], str], None]
+
 _lock = threading.Lock()
 _engine: Engine | None = None
 
@@ -40,6 +42,10 @@ class Engine:
             init_process_group("gloo").
         pieces: more state that each rank has its own of.
         stop_on_error: whether an error of one rank stops the others.
+
+    Attributes:
+        group_observers: each is called with (rank, name of the group, its ranks, its description)
+            when a rank makes a process group, also one that the rank is not in.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class Engine:
         )
         self.exchange = Exchange(self.scheduler, observers)
         self.store = RunnerStore.of(self.scheduler)
+        self.group_observers: list[GroupObserver] = []
         self._init_group = init_group
         self._undo = contextlib.ExitStack()
 
@@ -95,7 +102,7 @@ class Engine:
             _engine = self
         self._undo.callback(_forget)
         try:
-            self._undo.enter_context(_torch_runner.installed(self._new_group))
+            self._undo.enter_context(_torch_runner.installed(self._new_group, self._makes_group))
         except BaseException:
             self.uninstall()
             raise
@@ -123,6 +130,11 @@ class Engine:
         finally:
             if self._init_group and dist.is_initialized():
                 dist.destroy_process_group()
+
+    def _makes_group(self, name: str, ranks: tuple[int, ...], description: str) -> None:
+        rank = current_rank()
+        for observer in self.group_observers:
+            observer(-1 if rank is None else rank, name, ranks, description)
 
     def _new_group(self, name: str, ranks: tuple[int, ...], size: int) -> RunnerGroup:
         rank = current_rank()

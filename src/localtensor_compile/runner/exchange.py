@@ -44,6 +44,8 @@ class Pending:
 
     def wait(self) -> None:
         """Let other ranks run until the call is done. Raises what went wrong in it."""
+        for observer in self.exchange.wait_observers:
+            observer(self.call)
         self.exchange.scheduler.wait(self)
         if self.error is not None:
             raise self.error
@@ -66,11 +68,15 @@ class Exchange:
 
     Args:
         observers: each is given every call as it is launched.
+
+    Attributes:
+        wait_observers: each is given every call that a rank waits for, as it begins to wait.
     """
 
     def __init__(self, scheduler: Scheduler, observers: Sequence[Observer] = ()) -> None:
         self.scheduler = scheduler
         self.observers = list(observers)
+        self.wait_observers: list[Observer] = []
         self._numbers: dict[tuple[str, int], int] = {}
         self._slots: dict[tuple[str, tuple[int, ...], int], Slot] = {}
         self._sends: list[Pending] = []
@@ -139,6 +145,7 @@ class Exchange:
         except CollectiveError as found:
             error = found
         recv.source = send.call.ranks.index(send.call.rank)
+        recv.call.extra["source"] = send.call.rank
         send.finish(error)
         recv.finish(error)
 
