@@ -69,16 +69,15 @@ def _what_happened(found: Any, faulty: Any, finding: Any) -> str:
     if not isinstance(found, GlooError):
         if faulty.outcome != CORRUPT:
             return FRAGILE
-        wrong = [r for r, outputs in found.items() if not _equal(outputs, faulty.right(r, len(found)))]
+        wrong = [
+            r for r, outputs in found.items() if not _equal(outputs, faulty.right(r, len(found)))
+        ]
         return CORRUPT if wrong else "returned the right values"
     if not found.waiting:
         return ERROR if found.raised or found.exited else str(found)
     if finding.outcome != HANG:
         return ERROR if found.raised or found.exited else HANG
-    predicted = {
-        rank: f"{source.file}:{source.line} in "
-        for rank, source in finding.waits.items()
-    }
+    predicted = {rank: f"{source.file}:{source.line} in " for rank, source in finding.waits.items()}
     for rank, where in found.waiting.items():
         if finding.kind != "groups" and not where.startswith(predicted.get(rank, "nowhere")):
             return f"waits elsewhere: {found.waiting}"

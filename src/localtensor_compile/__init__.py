@@ -45,6 +45,11 @@ from .golden.text import GoldenError as GoldenError
 from .replay.simulated import Replayed as Replayed
 from .replay.simulated import replay as replay
 from .runner.mode import LocalRunnerMode as LocalRunnerMode
+from .schedule.calls import Call as Call
+from .schedule.findings import Finding as Finding
+from .schedule.run import schedule as schedule
+from .schedule.schedule import Schedule as Schedule
+from .schedule.schedule import ScheduleError as ScheduleError
 from .values.int_node import LocalIntNode as LocalIntNode
 from .values.tensor import LocalTensor as LocalTensor
 from .world.drop_in import _LOCAL_TENSOR_ATTR_PREFIX as _LOCAL_TENSOR_ATTR_PREFIX

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..check.program import ProgramError, load_program
 from ..check.text import plural
+from ..errors import RunnerTimeout
 from ..schedule.run import TIMEOUT, schedule
 from ..schedule.schedule import Schedule, ScheduleError
 from . import terminal
@@ -68,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             timeout=arguments.timeout,
         )
-    except (ProgramError, ScheduleError) as error:
+    except (ProgramError, ScheduleError, RunnerTimeout) as error:
         print(f"localtensor lint: {error}", file=sys.stderr)
         return 2
     if arguments.json == "-":

@@ -126,7 +126,7 @@ class RankRecord:
     Attributes:
         events: its calls and waits, in order.
         end: RETURNED; RAISED an exception of its own; STUCK in its last call or wait.
-        error: `ValueError: text` of what it raised.
+        error: `ValueError: text` of what it raised; of a rank that is STUCK, what the runner says.
         source: the user's line that raised, or from which the program returned if that is known.
     """
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from .calls import Records
+from .calls import STUCK, Records
 from .comparing import compare
-from .findings import GROUPS, HANG, Finding, Place
+from .findings import DEADLOCK, GROUPS, HANG, Finding, Place
 from .matching import Matched, Meeting, match
 from .stuck import skipped_groups, stuck, waiting_places
+from .wording import ranks_of
 
 
 def findings(records: Records) -> list[Finding]:
@@ -36,7 +37,24 @@ def findings(records: Records) -> list[Finding]:
     found += stuck(records, matched, explained)
     if not any(f.outcome == HANG for f in found):
         found += skipped_groups(records, matched)
-    return _merged(found)
+    return _merged(found or _unexplained(records))
+
+
+def _unexplained(records: Records) -> list[Finding]:
+    """Ranks that the runner has stopped for what no call shows, as a wait for a store's key."""
+    stopped = {r: record for r, record in records.items() if record.end == STUCK}
+    if not stopped:
+        return []
+    return [
+        Finding(
+            DEADLOCK,
+            HANG,
+            f"{ranks_of(stopped)} cannot go on",
+            tuple(Place((r,), record.error, record.source) for r, record in stopped.items()),
+            "these ranks wait for ever, or fail.",
+            "let every wait have its counterpart on another rank.",
+        )
+    ]
 
 
 def _with_waits(finding: Finding, meeting: Meeting, matched: Matched) -> Finding:

@@ -1,24 +1,23 @@
 """Writes down what each rank calls of torch.distributed while a program runs.
 
 A call is seen where torch hands it to a ProcessGroup, so that every way that leads there is:
-torch.distributed, functional collectives, DTensor, DDP, FSDP. What a ProcessGroup's methods are
-given is read here; how ranks run and data moves is not known here.
+torch.distributed, functional collectives, DTensor, DDP, FSDP.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
-from .._torch import reduce_op_of
+from .._torch import process_group_named, reduce_op_of
 from ..check.text import dtype_text
 from ..golden.listing import TensorType
 from ..golden.source import Source
+from ..runner.calls import Call as RunnerCall
+from ..runner.engine import Engine
 from .calls import (
     COLLECTIVE,
     GROUP,
@@ -37,169 +36,143 @@ from .calls import (
 )
 from .lines import user_stack
 
-# Method of a ProcessGroup -> (name in torch.distributed, its argument of tensors that are given,
-# that of tensors that are written; the same number where it works in place).
-METHODS: dict[str, tuple[str, int | None, int | None]] = {
-    "allreduce": ("all_reduce", 0, 0),
-    "allreduce_coalesced": ("all_reduce_coalesced", 0, 0),
-    "broadcast": ("broadcast", 0, 0),
-    "reduce": ("reduce", 0, 0),
-    "allgather": ("all_gather", 1, 0),
-    "_allgather_base": ("all_gather_into_tensor", 1, 0),
-    "all_gather_single": ("all_gather_into_tensor", 1, 0),
-    "allgather_coalesced": ("all_gather_coalesced", 1, 0),
-    "allgather_into_tensor_coalesced": ("all_gather_into_tensor_coalesced", 1, 0),
-    "gather": ("gather", 1, 0),
-    "scatter": ("scatter", 1, 0),
-    "reduce_scatter": ("reduce_scatter", 1, 0),
-    "_reduce_scatter_base": ("reduce_scatter_tensor", 1, 0),
-    "reduce_scatter_single": ("reduce_scatter_tensor", 1, 0),
-    "reduce_scatter_tensor_coalesced": ("reduce_scatter_tensor_coalesced", 1, 0),
-    "alltoall": ("all_to_all", 1, 0),
-    "alltoall_base": ("all_to_all_single", 1, 0),
-    "all_to_all_single": ("all_to_all_single", 1, 0),
-    "barrier": ("barrier", None, None),
-    "monitored_barrier": ("monitored_barrier", None, None),
-    "send": ("send", 0, None),
-    "recv": ("recv", None, 0),
-    "recv_anysource": ("recv", None, 0),
-}
-_SPLITS = ("alltoall_base", "all_to_all_single")
-_KINDS = {"send": SEND, "recv": RECV, "recv_anysource": RECV}
+_KINDS = {"send": SEND, "recv": RECV}
 
 
 @dataclass
 class _Rank:
+    """What a rank has done so far.
+
+    Attributes:
+        numbers: of the calls of the runner that it may still wait for.
+        from_any: number of a receive from any rank -> what the runner says about it once done.
+    """
+
     events: list[Event] = field(default_factory=list)
     calls: int = 0
-    on_group: dict[object, int] = field(default_factory=dict)
-    waited: set[int] = field(default_factory=set)
+    sequences: dict[object, int] = field(default_factory=dict)
+    numbers: dict[RunnerCall, int] = field(default_factory=dict)
+    from_any: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 class Recorder:
-    """What the ranks of a world do, as they do it. Only the rank that runs may call it."""
+    """Watches the ranks of an engine."""
 
-    def __init__(self, world_size: int) -> None:
-        self._ranks = {rank: _Rank() for rank in range(world_size)}
+    def __init__(self, engine: Engine) -> None:
+        self._world = engine.ranks
+        self._ranks = {rank: _Rank() for rank in engine.ranks}
+        engine.exchange.observers.append(self.called)
+        engine.exchange.wait_observers.append(self.waits)
+        engine.group_observers.append(self.made_group)
 
     # ---- what ranks do
-    def called(self, rank: int, group: dist.ProcessGroup, method: str, args: Sequence[Any]) -> int:
-        """A rank calls a method of a ProcessGroup, one of METHODS.
+    def called(self, given: RunnerCall) -> None:
+        """A rank launches a collective, a send or a receive."""
+        state = self._ranks[given.rank]
+        state.numbers[given] = state.calls
+        if given.kind == "recv" and given.peer is None:
+            state.from_any[state.calls] = given.extra
+        self._add(_read(given, self._group(given)))
 
-        Args:
-            args: by position, options and all.
-
-        Returns:
-            The call's number, for `waits` and `received_from`.
-        """
-        call = _read(method, args, self._group(group), rank)
-        return self._add(replace(call, stack=user_stack()))
-
-    def made_group(
-        self, rank: int, ranks: Iterable[int], name: str, description: str, local: bool
-    ) -> int:
-        """A rank makes a process group.
-
-        Args:
-            name: torch's name for the group.
-            description: the group_desc, if there is one.
-            local: whether only its members make it (use_local_synchronization).
-        """
+    def made_group(self, rank: int, name: str, ranks: Sequence[int], description: str) -> None:
+        """A rank makes a process group; the default one has no `ranks`."""
+        if not ranks:
+            return
         members = tuple(sorted(ranks))
-        group = Group(name, members, self._label(name, members, description))
+        # torch numbers groups, but for those that only their members make.
+        local = not name.isdecimal()
+        group = Group(name, members, _label(name, members, description, self._world))
         op = LOCAL_NEW_GROUP if local else NEW_GROUP
-        return self._add(
-            Call(rank, 0, GROUP, op, group, waits=True, stack=user_stack()),
-            members if local else None,
+        number = self._ranks[rank].calls
+        self._add(
+            Call(rank, 0, GROUP, op, group, waits=rank in members, stack=user_stack()),
+            (members, number) if local and rank not in members else members if local else None,
         )
 
-    def waits(self, rank: int, number: int) -> None:
+    def waits(self, given: RunnerCall) -> None:
         """A rank waits for a call of its own."""
-        self._ranks[rank].events.append(Wait(number, user_stack()))
-        self._ranks[rank].waited.add(number)
-
-    def received_from(self, rank: int, number: int, source: int) -> None:
-        """A receive from any rank got its message from global rank `source`."""
-        events = self._ranks[rank].events
-        for i, event in enumerate(events):
-            if isinstance(event, Call) and event.number == number:
-                events[i] = replace(event, peer=source)
+        state = self._ranks[given.rank]
+        state.events.append(Wait(state.numbers[given], user_stack()))
 
     def ended(
         self, rank: int, end: str = RETURNED, error: str = "", source: Source | None = None
     ) -> RankRecord:
         """The record of a rank that does no more."""
-        events = list(self._ranks[rank].events)
+        state = self._ranks[rank]
+        events = [self._finished(state, event) for event in state.events]
         if end == STUCK and events and isinstance(last := events[-1], Call):
             events.append(Wait(last.number, last.stack))  # it was on its way there
         return RankRecord(tuple(events), end, error, source)
 
     # ---- how it is kept
-    def _add(self, call: Call, only: tuple[int, ...] | None = None) -> int:
+    def _finished(self, state: _Rank, event: Event) -> Event:
+        if isinstance(event, Call) and event.any_source:
+            return replace(event, peer=state.from_any[event.number].get("source"))
+        return event
+
+    def _add(self, call: Call, only: object = None) -> None:
         state = self._ranks[call.rank]
         sequence = None
         if call.kind in (COLLECTIVE, GROUP):
             key = call.group.key if call.kind == COLLECTIVE else only
-            sequence = state.on_group.get(key, 0)
-            state.on_group[key] = sequence + 1
+            sequence = state.sequences.get(key, 0)
+            state.sequences[key] = sequence + 1
         state.events.append(replace(call, number=state.calls, sequence=sequence))
         state.calls += 1
-        return state.calls - 1
 
-    def _group(self, group: dist.ProcessGroup) -> Group:
-        ranks = tuple(dist.get_process_group_ranks(group))
-        name = str(group.group_name)
-        return Group(name, ranks, self._label(name, ranks, str(group.group_desc)))
-
-    def _label(self, name: str, ranks: tuple[int, ...], description: str) -> str:
-        if description == "default_pg" and len(ranks) == len(self._ranks):
-            return WORLD
-        known = description.removeprefix("mesh_")
-        return known if known not in ("undefined", "") else f"group{name}"
+    def _group(self, given: RunnerCall) -> Group:
+        known = process_group_named(given.group)
+        description = "" if known is None else str(known.group_desc)
+        label = _label(given.group, given.ranks, description, self._world)
+        return Group(given.group, given.ranks, label)
 
 
-# ---------------------------------------------------------------- reading arguments
-def _read(method: str, args: Sequence[Any], group: Group, rank: int) -> Call:
-    op, given_at, taken_at = METHODS[method]
-    given = _tensors(args[given_at]) if given_at is not None else []
-    taken = _tensors(args[taken_at]) if taken_at is not None and taken_at != given_at else []
-    options = next((a for a in args if type(a).__name__.endswith("Options")), None)
-    kind = _KINDS.get(method, COLLECTIVE)
-    peer = group.ranks[args[1]] if method in ("send", "recv") else None
-    splits = None
-    if method in _SPLITS:
-        received, sent = (tuple(int(n) for n in args[i]) for i in (2, 3))
-        splits = (sent, received) if sent or received else None
-    if len(given) == 1:
+def _label(name: str, ranks: Sequence[int], description: str, world: Sequence[int]) -> str:
+    if description == "default_pg" and tuple(ranks) == tuple(world):
+        return WORLD
+    known = description.removeprefix("mesh_")
+    return known if known not in ("undefined", "") else f"group{name}"
+
+
+# ---------------------------------------------------------------- reading a call
+def _read(given: RunnerCall, group: Group) -> Call:
+    inputs, outputs = list(_tensors(given.inputs)), list(_tensors(given.outputs))
+    op = given.kind
+    if len(inputs) == 1:
         op = op.removesuffix("_coalesced")  # what functional collectives of one tensor are
-    reduce_op = getattr(options, "reduceOp", None) if "reduce" in op else None
-    root = getattr(options, "rootRank", None)
+    splits = None
+    if given.splits is not None and any(given.splits):
+        received, sent = given.splits
+        splits = tuple(map(int, sent)), tuple(map(int, received))
+    kind = _KINDS.get(given.kind, COLLECTIVE)
+    root = given.root
     return Call(
-        rank=rank,
+        rank=given.rank,
         number=0,
         kind=kind,
         op=op,
         group=group,
-        given=tuple(map(_type, given)),
-        taken=tuple(map(_type, taken)),
-        bytes=sum(t.numel() * t.element_size() for t in (taken if kind == RECV else given)),
-        reduce_op=None if reduce_op is None else str(reduce_op_of(reduce_op)[0]),
-        root=group.ranks[root] if isinstance(root, int) and 0 <= root < len(group.ranks) else None,
-        peer=peer,
-        any_source=method == "recv_anysource",
-        tag=int(args[{"send": 2, "recv": 2, "recv_anysource": 1}[method]])
-        if kind != COLLECTIVE
-        else 0,
+        given=tuple(map(_type, inputs)),
+        taken=tuple(map(_type, outputs)),
+        bytes=sum(t.numel() * t.element_size() for t in (outputs if kind == RECV else inputs)),
+        reduce_op=None if given.reduce_op is None else reduce_op_of(given.reduce_op)[0],
+        root=group.ranks[root] if root is not None and 0 <= root < len(group.ranks) else None,
+        peer=given.global_peer,
+        any_source=kind == RECV and given.peer is None,
+        tag=given.tag,
         splits=splits,
         waits=False,
+        stack=user_stack(),
     )
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """All tensors of a tensor, a list, or a list of lists."""
-    if isinstance(value, Tensor):
-        return [value]
-    return list(itertools.chain.from_iterable(map(_tensors, value)))
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """All tensors of lists, and of lists of lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        else:
+            yield from _tensors(value)
 
 
 def _type(tensor: Tensor) -> TensorType:

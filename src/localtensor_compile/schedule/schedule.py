@@ -16,7 +16,7 @@ from ..golden.source import Source
 from .calls import GROUP, RAISED, Call, RankRecord
 from .findings import Finding
 from .linting import findings
-from .wording import arguments_text, tensor_text
+from .wording import arguments, tensor_text
 
 
 class ScheduleError(LocalTensorError, ValueError):
@@ -103,13 +103,12 @@ class Schedule:
     def _line(self, column: Mapping[int, int]) -> list[str]:
         calls = {rank: self.records[rank].calls[n] for rank, n in sorted(column.items())}
         first = next(iter(calls.values()))
-        arguments = varying_text({r: arguments_text(c) for r, c in calls.items()})
         group = varying_text({r: str(c.group) for r, c in calls.items()})
         given = varying_text(
             {r: "?" if c.bytes is None else str(c.bytes) for r, c in calls.items()}
         )
         where = varying_text({r: c.where for r, c in calls.items()})
-        return [rank_set(calls), f"{first.op}({arguments})", group, given, where]
+        return [rank_set(calls), f"{first.op}({_arguments(calls)})", group, given, where]
 
     # ---- JSON
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +127,18 @@ class Schedule:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
+
+
+def _arguments(calls: Mapping[int, Call]) -> str:
+    """The arguments of a call of several ranks, each with what differs between them."""
+    parts = {rank: list(arguments(call)) for rank, call in calls.items()}
+    words = {tuple(word for word, _ in p) for p in parts.values()}
+    if len(words) > 1:
+        return varying_text({r: ", ".join(map("".join, p)) for r, p in parts.items()})
+    texts = []
+    for i, word in enumerate(words.pop()):
+        texts.append(word + varying_text({r: p[i][1] for r, p in parts.items()}))
+    return ", ".join(texts)
 
 
 def _at(source: Source | None) -> str:

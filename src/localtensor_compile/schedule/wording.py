@@ -23,36 +23,34 @@ def tensors_text(tensors: Iterable[TensorType]) -> str:
     return shown[0] if len(shown) == 1 else f"[{', '.join(shown)}]" if shown else ""
 
 
-def details(call: Call) -> Iterator[str]:
-    """What a call is given beside its tensors and its group."""
+def arguments(call: Call) -> Iterator[tuple[str, str]]:
+    """What stands between the parentheses, but for the group: (words, value) in order."""
+    if call.kind == GROUP:
+        yield "", f"[{', '.join(map(str, call.group.ranks))}]"
+        return
+    tensors = call.taken if call.kind == RECV else call.given or call.taken
+    if tensors:
+        yield "", tensors_text(tensors)
     if call.kind == SEND:
-        yield f"to rank {call.peer}"
+        yield "to rank ", str(call.peer)
     if call.kind == RECV:
-        yield "from any rank" if call.any_source else f"from rank {call.peer}"
+        yield "from ", "any rank" if call.any_source else f"rank {call.peer}"
     if call.kind in (SEND, RECV) and call.tag:
-        yield f"tag {call.tag}"
+        yield "tag ", str(call.tag)
     if call.reduce_op is not None:
-        yield call.reduce_op
+        yield "", call.reduce_op
     if call.root is not None:
-        yield f"root {call.root}"
+        yield "root ", str(call.root)
     if call.splits is not None:
         sent, expected = (list(s) for s in call.splits)
-        yield f"sends {sent or 'even splits'}"
-        yield f"expects {expected or 'even splits'}"
-
-
-def arguments_text(call: Call) -> str:
-    """What stands between the parentheses."""
-    if call.kind == GROUP:
-        return f"[{', '.join(map(str, call.group.ranks))}]"
-    shown = call.taken if call.kind == RECV else call.given or call.taken
-    return ", ".join(filter(None, [tensors_text(shown), *details(call)]))
+        yield "sends ", str(sent or "even splits")
+        yield "expects ", str(expected or "even splits")
 
 
 def call_text(call: Call) -> str:
     """`all_reduce(f32[4], sum) on world`."""
     where = "" if call.kind == GROUP or str(call.group) == "world" else f" on {call.group}"
-    return f"{call.op}({arguments_text(call)}){where}"
+    return f"{call.op}({', '.join(map(''.join, arguments(call)))}){where}"
 
 
 def ranks_of(ranks: Iterable[int]) -> str:
