@@ -18,6 +18,7 @@ import torch.distributed.device_mesh as device_mesh
 import torch.distributed.distributed_c10d as c10d
 from torch.nn.parallel import DistributedDataParallel
 
+from . import _torch_dynamo
 from .scheduler import current_rank
 
 BACKEND = "localtensor_runner"
@@ -49,6 +50,7 @@ def process_wide_names() -> list[tuple[Any, str, Callable[[], Any]]]:
         (c10d._world, "_comms", list),
         (DistributedDataParallel, "_active_ddp_module", lambda: None),
     ]
+    names += _torch_dynamo.process_wide_names()
     return [n for n in names if hasattr(n[0], n[1])]
 
 
@@ -62,9 +64,10 @@ def generators() -> list[torch.Generator]:
 
 # ---------------------------------------------------------------- replaced while ranks run
 @contextlib.contextmanager
-def installed(new_group: NewGroup) -> Iterator[None]:
+def installed(new_group: NewGroup, ranks: int) -> Iterator[None]:
     """Context manager: process groups that rank threads make are made by `new_group`."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_torch_dynamo.isolated(ranks))
         stack.enter_context(_backend(new_group))
         isolate = torch._C._distributed_c10d._set_thread_isolation_mode
         isolate(True)  # names of groups mean another group in every thread
@@ -99,6 +102,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield c10d, "_new_process_group_helper", _group_helper(c10d._new_process_group_helper)
     mesh = device_mesh.DeviceMesh
     yield mesh, "__init__", _mesh_of_thread(mesh.__init__)
+    yield from _torch_dynamo.replacements()
 
 
 def _group_helper(original: Any) -> Any:
@@ -130,10 +134,3 @@ def _mesh_of_thread(original: Any) -> Any:
             self._hash = None
 
     return init
-
-
-def compiling_in_this_thread() -> bool:
-    """Whether Dynamo is compiling in this thread, with its lock held."""
-    from torch._dynamo import convert_frame
-
-    return convert_frame.compile_lock._is_owned()
