@@ -116,6 +116,26 @@ def functional_collectives_differ(world: World) -> Outputs:
     return {"y": y + 0}  # !
 
 
+@faulty("different collectives", outcome=FRAGILE)
+def gathers_in_two_ways(world: World) -> Outputs:
+    x = _ones()
+    if dist.get_rank() == 0:
+        dist.all_gather([torch.empty(4), torch.empty(4)], x)  # !
+    else:
+        dist.all_gather_into_tensor(torch.empty(8), x)  # !
+    return {"x": x}
+
+
+@faulty("different collectives", outcome=FRAGILE)
+def reduces_in_two_ways(world: World) -> Outputs:
+    x = _ones()
+    if dist.get_rank() == 0:
+        dist.all_reduce(x)  # !
+    else:
+        dist.reduce_scatter_tensor(torch.empty(2), x)  # !
+    return {"x": x}
+
+
 @faulty("deadlock", size=2)
 def swaps_two_groups(world: World) -> Outputs:
     first, second = dist.new_group([0, 1]), dist.new_group([0, 1])

@@ -14,7 +14,8 @@ import localtensor_compile as lt
 from localtensor_compile import _c10d
 
 # Public names and those that other code is seen to read.
-NAMES = """LocalTensor LocalRunnerMode LocalTensorMode LocalIntNode local_tensor_mode enabled_local_tensor_mode
+NAMES = """LocalTensor LocalRunnerMode LocalTensorMode LocalIntNode local_tensor_mode
+enabled_local_tensor_mode
 maybe_run_for_local_tensor maybe_disable_local_tensor_mode rank_map tensor_map reconcile_args
 get_local_tensor_mode_list maybe_enable_local_tracker get_generator_seed_for_device_type
 _for_each_rank_run_func _map_to_rank_local_val _combine_rank_results _LOCAL_TENSOR_ATTR_PREFIX

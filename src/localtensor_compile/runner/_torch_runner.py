@@ -18,6 +18,7 @@ import torch.distributed.device_mesh as device_mesh
 import torch.distributed.distributed_c10d as c10d
 from torch.nn.parallel import DistributedDataParallel
 
+from . import _torch_dynamo
 from .scheduler import current_rank
 
 BACKEND = "localtensor_runner"
@@ -52,6 +53,7 @@ def process_wide_names() -> list[tuple[Any, str, Callable[[], Any]]]:
         (c10d._world, "_comms", list),
         (DistributedDataParallel, "_active_ddp_module", lambda: None),
     ]
+    names += _torch_dynamo.process_wide_names()
     return [n for n in names if hasattr(n[0], n[1])]
 
 
@@ -65,12 +67,13 @@ def generators() -> list[torch.Generator]:
 
 # ---------------------------------------------------------------- replaced while ranks run
 @contextlib.contextmanager
-def installed(new_group: NewGroup, makes_group: MakesGroup) -> Iterator[None]:
+def installed(new_group: NewGroup, ranks: int, makes_group: MakesGroup) -> Iterator[None]:
     """Context manager: process groups that rank threads make are made by `new_group`.
 
     `makes_group` is called before, also by ranks that are no members.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_torch_dynamo.isolated(ranks))
         stack.enter_context(_backend(new_group))
         isolate = torch._C._distributed_c10d._set_thread_isolation_mode
         isolate(True)  # names of groups mean another group in every thread
@@ -106,6 +109,7 @@ def _replacements(makes_group: MakesGroup) -> Iterator[tuple[Any, str, Any]]:
     yield c10d, "_new_process_group_helper", helper
     mesh = device_mesh.DeviceMesh
     yield mesh, "__init__", _mesh_of_thread(mesh.__init__)
+    yield from _torch_dynamo.replacements()
 
 
 def _group_helper(original: Any, makes_group: MakesGroup) -> Any:
@@ -139,10 +143,3 @@ def _mesh_of_thread(original: Any) -> Any:
             self._hash = None
 
     return init
-
-
-def compiling_in_this_thread() -> bool:
-    """Whether Dynamo is compiling in this thread, with its lock held."""
-    from torch._dynamo import convert_frame
-
-    return convert_frame.compile_lock._is_owned()

@@ -102,7 +102,9 @@ class Engine:
             _engine = self
         self._undo.callback(_forget)
         try:
-            self._undo.enter_context(_torch_runner.installed(self._new_group, self._makes_group))
+            self._undo.enter_context(
+                _torch_runner.installed(self._new_group, len(self.ranks), self._makes_group)
+            )
         except BaseException:
             self.uninstall()
             raise

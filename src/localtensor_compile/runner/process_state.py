@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from . import _torch_runner
+from . import _torch_dynamo, _torch_runner
 
 
 class Piece(Protocol):
@@ -86,3 +86,6 @@ class ProcessState:
     def load(self, rank: int | None) -> None:
         for piece, state in zip(self.pieces, self._held[rank]):
             piece.set(state)
+
+    def pinned(self) -> str | None:
+        return "torch.compile compiles" if _torch_dynamo.compiling_in_this_thread() else None

@@ -8,6 +8,7 @@ reported at once.
 
 from __future__ import annotations
 
+import contextvars
 import ctypes
 import random
 import threading
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from ..errors import LocalTensorError, RunnerDeadlock, RunnerTimeout
+from ..errors import LocalTensorError, RunnerDeadlock, RunnerTimeout, UnsupportedError
 from .stacks import where_thread_is
 
 
@@ -39,6 +40,9 @@ class OnSwitch(Protocol):
     def save(self, rank: int | None) -> None: ...
 
     def load(self, rank: int | None) -> None: ...
+
+    def pinned(self) -> str | None:
+        """Why no other rank may run now, or None."""
 
 
 class Task:
@@ -130,9 +134,10 @@ class Scheduler:
         if self._on_switch is not None:
             self._on_switch.save(None)
         for task in self.tasks.values():
-            task.thread = threading.Thread(
-                target=self._thread, args=(task, fn), name=f"localtensor rank {task.rank}"
-            )
+            # What the caller set for itself, such as torch's configuration, holds in the threads.
+            run = contextvars.copy_context().run
+            name = f"localtensor rank {task.rank}"
+            task.thread = threading.Thread(target=run, args=(self._thread, task, fn), name=name)
             task.thread.daemon = True  # a rank that never comes back must not keep the process
         for task in self.tasks.values():
             task.thread.start()  # type: ignore[union-attr]
@@ -200,6 +205,12 @@ class Scheduler:
         """
         task = self._own()
         while not wait.ready():
+            why = self._pinned()
+            if why is not None and self._stopping is None:
+                raise UnsupportedError(
+                    f"rank {task.rank} must wait while {why}, where no other rank can run: it "
+                    f"waits in {wait.text()}. Do it before or after."
+                )
             task.wait = wait
             try:
                 self._switch(task)
@@ -212,14 +223,15 @@ class Scheduler:
         """A place where another rank may run: with a seed, whoever is drawn goes on."""
         task = self._own()
         self._require_running()
-        if self._draw is not None:
+        if self._draw is not None and self._pinned() is None:
             self._switch(task)
             self._require_running()
 
     def give_way(self) -> None:
         """Let every other rank that can run have a turn: for ranks that poll."""
         task = self._own()
-        self._switch(task, others=True)
+        if self._pinned() is None:
+            self._switch(task, others=True)
         self._require_running()
 
     def check_running(self) -> None:
@@ -242,6 +254,9 @@ class Scheduler:
         """Whether the calling thread is the rank that runs."""
         task = _here.task
         return task is not None and task is self._running and not task.away
+
+    def _pinned(self) -> str | None:
+        return None if self._on_switch is None else self._on_switch.pinned()
 
     def _own(self) -> Task:
         task = _here.task

@@ -17,7 +17,7 @@ class Branch:
 
     Attributes:
         line: of its header.
-        text: `if rank == 0: is true`.
+        text: `if rank == 0` (line 3) is true.
         start, end: its first and last line.
     """
 
@@ -31,7 +31,7 @@ class Branch:
 
 
 def branch_of(stack: Sequence[Source], others: Sequence[Source]) -> str:
-    """`line 12 is reached only where ... (line 11)`, or nothing where no branch tells them apart.
+    """`a.py:12 is reached only where ... is true`, or nothing where no branch tells them apart.
 
     Args:
         stack: the lines that lead to a call, the innermost first.
@@ -42,7 +42,7 @@ def branch_of(stack: Sequence[Source], others: Sequence[Source]) -> str:
         for branch in branches(source):
             alone = branch.line == source.line or not any(o in branch for o in beside)
             if alone:
-                return f"{source} is reached only where {branch.text} (line {branch.line})"
+                return f"{source} is reached only where {branch.text}"
     return ""
 
 
@@ -85,16 +85,19 @@ def _around(file: str, text: str, line: int) -> list[ast.AST]:
 def _parts(node: ast.AST, line: int) -> Iterator[Branch]:
     if isinstance(node, (ast.If, ast.While)):
         word = "if" if isinstance(node, ast.If) else "while"
-        header = f"`{word} {_short(node.test)}`"
+        header = f"`{word} {_short(node.test)}` (line {node.lineno})"
         yield from _body(node, node.body, line, f"{header} is true")
         yield from _body(node, node.orelse, line, f"{header} is false")
     elif isinstance(node, ast.For):
-        header = f"`for {_short(node.target)} in {_short(node.iter)}`"
+        loop = f"`for {_short(node.target)} in {_short(node.iter)}`"
+        header = f"{loop} (line {node.lineno})"
         yield from _body(node, node.body, line, f"{header} goes on")
     elif isinstance(node, ast.Try):
         for handler in node.handlers:
             name = _short(handler.type) if handler.type is not None else "anything"
-            yield from _body(handler, handler.body, line, f"{name} was raised")
+            yield from _body(
+                handler, handler.body, line, f"{name} was raised (line {handler.lineno})"
+            )
     elif isinstance(node, (ast.BoolOp, ast.IfExp)):
         yield Branch(node.lineno, f"`{_short(node)}` gets so far", line, line)
 

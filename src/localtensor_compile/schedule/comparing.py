@@ -16,6 +16,7 @@ from .findings import (
     DIFFERENT,
     DTYPES,
     ERROR,
+    FRAGILE,
     GROUPS,
     HANG,
     REDUCE_OPS,
@@ -26,7 +27,7 @@ from .findings import (
     places_of,
     ranks_in_words,
 )
-from .matching import Meeting
+from .matching import Meeting, one_on_the_wire
 from .wording import tensors_text
 
 _REDUCING = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor")
@@ -66,16 +67,19 @@ def _ops(meeting: Meeting, calls: Sequence[Call]) -> Finding | None:
         branch_of(c.stack, [o.source for o in calls if o.op != c.op and o.source])
         for c in (meeting.calls[ranks[0]] for ranks in ops.values())
     ]
-    hint = next((f" ({h})" for h in hints if h), "")
+    hint = next((f"; {h}" for h in hints if h), "")
     number = calls[0].sequence or 0
+    alike = one_on_the_wire(ops)
     return Finding(
         DIFFERENT,
-        HANG,
+        FRAGILE if alike else HANG,
         f"collective {number + 1} on {calls[0].group} is {ranks_in_words(ops)}",
         places_of(calls),
-        f"each waits for the others to call the same, for ever{hint}.",
+        f"gloo does the same for both and goes on; other backends may hang{hint}."
+        if alike
+        else f"each waits for the others to call the same, for ever{hint}.",
         "let all ranks of a group call the same collectives in the same order.",
-        _waiting(calls),
+        {} if alike else _waiting(calls),
     )
 
 

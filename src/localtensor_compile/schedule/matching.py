@@ -7,6 +7,7 @@ pass, as a send that was kept until somebody wanted it, waits here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .calls import GROUP, RECV, SEND, STUCK, Call, Group, Records, Wait
@@ -171,11 +172,19 @@ def _fit(meeting: Meeting) -> bool:
     """Whether calls of all ranks end: they are the same collective, or make the same group."""
     if meeting.first.kind == GROUP:
         return len({c.group.ranks for c in meeting.calls.values()}) == 1
-    return len({c.op for c in meeting.calls.values()}) == 1 and len(_roots(meeting)) == 1
+    ops = {c.op for c in meeting.calls.values()}
+    roots = {c.root for c in meeting.calls.values()}
+    return one_on_the_wire(ops) and len(roots) == 1
 
 
-def _roots(meeting: Meeting) -> set[int | None]:
-    return {c.root for c in meeting.calls.values()}
+# What gloo does the same for, so that ranks which mix them go on.
+_ALIKE = ({"all_gather", "all_gather_into_tensor"}, {"all_reduce", "reduce_scatter_tensor"})
+
+
+def one_on_the_wire(ops: Iterable[str]) -> bool:
+    """Whether collectives of these names meet on gloo."""
+    found = set(ops)
+    return len(found) == 1 or any(found <= alike for alike in _ALIKE)
 
 
 def _are_sides(one: Call, other: Call) -> bool:

@@ -142,17 +142,18 @@ class _Stuck:
         places += ends(self.records, gone)
         name = "new_group" if last.kind == GROUP else extra.op
         mine, theirs = (len(like(self.records, r, last)) for r in (here[0], gone[0]))
-        counts = f"{mine} times on {ranks_of(here[:1])} and {theirs} times on {ranks_of(gone[:1])}"
+        what = "groups" if last.kind == GROUP else f"collectives on {last.group}"
+        counts = f"{ranks_of(here[:1])} calls {mine} {what} and {ranks_of(gone[:1])} {theirs}"
+        counts = counts.replace("calls", "makes") if last.kind == GROUP else counts
         wait = "goes on with what it had" if outcome == CORRUPT else "waits for ever"
         if len(here) > 1:
             wait = "go on with what they had" if outcome == CORRUPT else "wait for ever"
-        what = "new_group is called" if last.kind == GROUP else f"{last.group} has collectives"
         return Finding(
             SOME_RANKS,
             outcome,
             f"{name} of {ranks_of(here)} is not called by {ranks_of(gone)}",
             tuple(places),
-            f"{what} {counts}: {ranks_of(here)} {wait}" + (f"; {hint}." if hint else "."),
+            f"{counts}: {ranks_of(here)} {wait}" + (f"; {hint}." if hint else "."),
             "call it on all ranks of the group, or on none: take it out of the branch or the "
             "loop, or decide the branch by a value that all ranks share.",
             self._waiting_in(meeting),
