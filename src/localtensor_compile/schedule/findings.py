@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..check.text import shortened
 from ..golden.ranges import rank_set
 from ..golden.source import Source
 from .calls import Call
@@ -20,6 +22,8 @@ DEADLOCK = "deadlock"
 SHAPES, DTYPES, REDUCE_OPS, ROOTS, SPLITS = "shapes", "dtypes", "reduce ops", "roots", "splits"
 NO_RECV, NO_SEND, TAGS = "send without recv", "recv without send", "tags"
 GROUPS = "groups"
+
+_WIDTH = 98
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,17 @@ class Finding:
         return tuple(dict.fromkeys(p.source for p in self.places if p.source is not None))
 
     def __str__(self) -> str:
-        out = [f"{self.kind} ({self.outcome}): {self.title}"]
+        out = [_filled(f"{self.kind} ({self.outcome}): {self.title}", 0)]
         width = max((len(ranks_of(p.ranks)) for p in self.places), default=0)
         for place in self.places:
-            where = "" if place.source is None else f"  # {place.source}: {place.source.code}"
-            out.append(f"    {ranks_of(place.ranks):<{width}}  {place.text}{where}")
-        out += [f"    On a cluster: {self.happens}", f"    Change: {self.change}"]
+            who, room = f"{ranks_of(place.ranks):<{width}}", " " * width
+            if place.source is None:
+                out.append(f"    {who}  {place.text}")
+                continue
+            code = shortened(place.source.code, _WIDTH - width - len(str(place.source)) - 8)
+            out += [f"    {who}  {place.source}: {code}", f"    {room}  {place.text}"]
+        out.append(_filled(f"On a cluster: {self.happens}", 4))
+        out.append(_filled(f"Change: {self.change}", 4))
         return "\n".join(out)
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,6 +102,18 @@ class Finding:
             "change": self.change,
             "waits": {str(r): _where(s) for r, s in sorted(self.waits.items())},
         }
+
+
+def _filled(text: str, indent: int) -> str:
+    """Wrapped; further lines step to the right."""
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=" " * indent,
+        subsequent_indent=" " * (indent + 4),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _where(source: Source | None) -> dict[str, Any]:

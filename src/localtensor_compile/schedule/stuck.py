@@ -142,9 +142,9 @@ class _Stuck:
         places += ends(self.records, gone)
         name = "new_group" if last.kind == GROUP else extra.op
         mine, theirs = (len(like(self.records, r, last)) for r in (here[0], gone[0]))
-        what = "groups" if last.kind == GROUP else f"collectives on {last.group}"
-        counts = f"{ranks_of(here[:1])} calls {mine} {what} and {ranks_of(gone[:1])} {theirs}"
-        counts = counts.replace("calls", "makes") if last.kind == GROUP else counts
+        what = "new_group" if last.kind == GROUP else f"collectives on {last.group}"
+        counts = f"{ranks_of(here[:1])} calls {what} {_times(mine)}, {ranks_of(gone[:1])} "
+        counts += _times(theirs) if theirs else "never"
         wait = "goes on with what it had" if outcome == CORRUPT else "waits for ever"
         if len(here) > 1:
             wait = "go on with what they had" if outcome == CORRUPT else "wait for ever"
@@ -262,6 +262,10 @@ _BREAK_MESSAGES = (
     "let one side call the other way round (receive first on odd ranks), or start sends and "
     "receives together with batch_isend_irecv."
 )
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _keys(calls: Sequence[Call]) -> list[tuple[str, Source | None]]:
