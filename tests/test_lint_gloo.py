@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from localtensor_compile import World, schedule
-from localtensor_compile.check.gloo import GlooError, GlooPool
+from localtensor_compile.check.gloo import GlooError, shared_pool
 
 from .lint_correct import CORRECT
 from .lint_programs import CORRUPT, ERROR, FAULTY, FRAGILE, HANG
@@ -35,30 +35,24 @@ QUICK = (
 )
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with GlooPool() as pool:
-        yield pool
-
-
 def _marked(names: Any) -> list[Any]:
     return [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in names]
 
 
-def _on_gloo(pool: GlooPool, file: str, name: str, size: int, timeout: float) -> Any:
+def _on_gloo(file: str, name: str, size: int, timeout: float) -> Any:
     """What the ranks return, or the error."""
     try:
-        return pool.run(f"{FOLDER / file}:{name}", size, World(size), timeout=timeout)
+        return shared_pool().run(f"{FOLDER / file}:{name}", size, World(size), timeout=timeout)
     except GlooError as error:
         return error
 
 
 @pytest.mark.parametrize("name", _marked(FAULTY))
-def test_the_prediction_happens(name: str, pool: GlooPool) -> None:
+def test_the_prediction_happens(name: str) -> None:
     faulty = FAULTY[name]
     (finding,) = schedule(faulty.program, faulty.size).findings
     for timeout in (1.5, 15.0):  # a busy machine may need the second
-        found = _on_gloo(pool, "lint_programs.py", name, faulty.size, timeout)
+        found = _on_gloo("lint_programs.py", name, faulty.size, timeout)
         said = _what_happened(found, faulty, finding)
         if said == finding.outcome:
             return
@@ -90,6 +84,6 @@ def _equal(outputs: dict[str, Any], right: dict[str, Any]) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CORRECT)
-def test_the_correct_programs_end(name: str, pool: GlooPool) -> None:
-    found = _on_gloo(pool, "lint_correct.py", name, CORRECT[name][1], 60.0)
+def test_the_correct_programs_end(name: str) -> None:
+    found = _on_gloo("lint_correct.py", name, CORRECT[name][1], 60.0)
     assert not isinstance(found, GlooError), str(found)

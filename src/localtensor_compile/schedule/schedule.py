@@ -81,7 +81,7 @@ class Schedule:
         out = [f"world of {self.world_size} ranks"]
         for label, families in sorted(self.groups.items()):
             out.append(f"group {label}: {'; '.join(map(rank_set, sorted(families)))}")
-        lines = [["ranks", "call", "group", "bytes", "line"]]
+        lines = [["ranks", "line", "group", "bytes", "call"]]
         lines += [self._line(column) for column in self._columns()]
         out += ["", *(table(lines) if len(lines) > 1 else ["no calls"])]
         for rank, record in self.records.items():
@@ -108,7 +108,7 @@ class Schedule:
             {r: "?" if c.bytes is None else str(c.bytes) for r, c in calls.items()}
         )
         where = varying_text({r: c.where for r, c in calls.items()})
-        return [rank_set(calls), f"{first.op}({_arguments(calls)})", group, given, where]
+        return [rank_set(calls), where, group, given, f"{first.op}({_arguments(calls)})"]
 
     # ---- JSON
     def to_dict(self) -> dict[str, Any]:
