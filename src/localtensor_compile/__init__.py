@@ -44,6 +44,7 @@ from .golden.testcase import GoldenTestCase as GoldenTestCase
 from .golden.text import GoldenError as GoldenError
 from .replay.simulated import Replayed as Replayed
 from .replay.simulated import replay as replay
+from .runner.look import at as at
 from .runner.mode import LocalRunnerMode as LocalRunnerMode
 from .values.int_node import LocalIntNode as LocalIntNode
 from .values.tensor import LocalTensor as LocalTensor
