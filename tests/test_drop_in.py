@@ -108,7 +108,9 @@ def test_c10d_functions_run():
         _c10d._local_all_reduce_([t], group, dist.ReduceOp.SUM)
         assert torch.equal(t.reconcile(), torch.ones(2))
         assert _c10d._prepare_collective_groups(group) == ([0, 1], [0], 0)
-        with pytest.raises(lt.UnsupportedError, match="_local_send is a point-to-point call"):
+        with pytest.raises(
+            lt.UnsupportedError, match="send of a LocalTensor: point-to-point calls"
+        ):
             _c10d._local_send([t], group, 1, 0)
     reduced = _c10d._local_reduce("max", [torch.tensor([1, 5]), torch.tensor([4, 2])])
     assert reduced.tolist() == [4, 5]

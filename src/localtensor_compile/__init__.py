@@ -44,6 +44,7 @@ from .golden.testcase import GoldenTestCase as GoldenTestCase
 from .golden.text import GoldenError as GoldenError
 from .replay.simulated import Replayed as Replayed
 from .replay.simulated import replay as replay
+from .runner.look import at as at
 from .runner.mode import LocalRunnerMode as LocalRunnerMode
 from .schedule.calls import Call as Call
 from .schedule.findings import Finding as Finding

@@ -11,14 +11,12 @@ import torch
 import torch.distributed as dist
 
 from ..errors import WorldError
-from . import _torch_runner
+from . import _torch_runner, script_hooks
 from .exchange import Exchange, Observer
 from .process_group import RunnerGroup
 from .process_state import Piece, ProcessState
 from .scheduler import Scheduler, current_rank
 from .store import RunnerStore
-
-GroupObserver = Callable[[int, str, tuple[int, ...], str], None]
 
 _lock = threading.Lock()
 _engine: Engine | None = None
@@ -42,10 +40,7 @@ class Engine:
             init_process_group("gloo").
         pieces: more state that each rank has its own of.
         stop_on_error: whether an error of one rank stops the others.
-
-    Attributes:
-        group_observers: each is called with (rank, name of the group, its ranks, its description)
-            when a rank makes a process group, also one that the rank is not in.
+        script: whether the ranks are scripts, which call what belongs to a process.
     """
 
     def __init__(
@@ -58,6 +53,7 @@ class Engine:
         init_group: bool = True,
         pieces: Iterable[Piece] = (),
         stop_on_error: bool = True,
+        script: bool = False,
     ) -> None:
         self.ranks = tuple(range(ranks)) if isinstance(ranks, int) else tuple(sorted(ranks))
         self.world_size = self.ranks[-1] + 1
@@ -70,8 +66,8 @@ class Engine:
         )
         self.exchange = Exchange(self.scheduler, observers)
         self.store = RunnerStore.of(self.scheduler)
-        self.group_observers: list[GroupObserver] = []
-        self._init_group = init_group
+        self._init_group, self._script = init_group, script
+        self._existing: _torch_runner.ExistingGroups | None = None
         self._undo = contextlib.ExitStack()
 
     def run(self, fn: Callable[[int], Any]) -> dict[int, Any]:
@@ -101,10 +97,12 @@ class Engine:
                 )
             _engine = self
         self._undo.callback(_forget)
+        hooks = [*script_hooks.for_all_runs()]
+        if self._script:
+            hooks += script_hooks.for_scripts(self.store)
+        installed = _torch_runner.installed(self._new_group, len(self.ranks), hooks)
         try:
-            self._undo.enter_context(
-                _torch_runner.installed(self._new_group, len(self.ranks), self._makes_group)
-            )
+            self._undo.enter_context(installed)
         except BaseException:
             self.uninstall()
             raise
@@ -114,6 +112,8 @@ class Engine:
 
     def start(self, fn: Callable[[int], Any]) -> None:
         """Start the ranks. `install` must have been called."""
+        if dist.is_initialized():
+            self._existing = _torch_runner.ExistingGroups()
         self.scheduler.start(lambda rank: self._on_rank(rank, fn))
 
     def join(self) -> dict[int, Any]:
@@ -121,22 +121,22 @@ class Engine:
         return self.scheduler.join()
 
     def _on_rank(self, rank: int, fn: Callable[[int], Any]) -> Any:
+        existing = self._existing
         if self._init_group:
             dist.init_process_group(
                 "gloo", rank=rank, world_size=self.world_size, store=self.store.of_rank()
             )
+            if existing is not None:
+                existing.mirror(rank, lambda name, ranks: self._new_group(name, ranks, len(ranks)))
+        elif existing is not None and not self._script:
+            existing.share()
         try:
             # The autograd engine's threads are no ranks: backward runs in the rank's own.
             with torch.autograd.set_multithreading_enabled(False):
                 return fn(rank)
         finally:
             if self._init_group and dist.is_initialized():
-                dist.destroy_process_group()
-
-    def _makes_group(self, name: str, ranks: tuple[int, ...], description: str) -> None:
-        rank = current_rank()
-        for observer in self.group_observers:
-            observer(-1 if rank is None else rank, name, ranks, description)
+                dist.destroy_process_group()  # the names that this thread registered
 
     def _new_group(self, name: str, ranks: tuple[int, ...], size: int) -> RunnerGroup:
         rank = current_rank()

@@ -128,6 +128,11 @@ class LocalRunnerMode:
         return self._fn(id)
 
     @staticmethod
+    def active() -> bool:
+        """Whether a LocalRunnerMode is active in this process."""
+        return _active is not None
+
+    @staticmethod
     def current() -> LocalRunnerMode:
         """The active LocalRunnerMode. Raises WorldError if there is none."""
         if _active is None:

@@ -38,7 +38,8 @@ class RunnerGroup(dist.ProcessGroup):
     supports_coalescing = False
 
     def __init__(self, exchange: Exchange, name: str, ranks: Sequence[int], rank: int) -> None:
-        super().__init__(list(ranks).index(rank), len(ranks))
+        self._member = list(ranks).index(rank) if rank in ranks else -1
+        super().__init__(max(self._member, 0), len(ranks))
         self._exchange = exchange
         self._name, self._desc = name, "undefined"
         self._ranks, self._global_rank = tuple(ranks), rank
@@ -48,7 +49,7 @@ class RunnerGroup(dist.ProcessGroup):
     def rank(self) -> Any:
         if enabled_local_tensor_mode() is not None:
             return super().rank()
-        return self._ranks.index(self._global_rank)
+        return self._member
 
     def size(self) -> int:
         return len(self._ranks)
@@ -102,6 +103,11 @@ class RunnerGroup(dist.ProcessGroup):
 
     # ---- calling
     def _launch(self, kind: str, result: Any, **about: Any) -> RunnerWork:
+        if self._member < 0:
+            raise CollectiveError(
+                f"{kind} on the group of ranks {list(self._ranks)} was called by rank "
+                f"{self._global_rank}, which is not in the group."
+            )
         call = Call(
             rank=self._global_rank,
             kind=kind,

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+from ..collectives import groups
 from . import _torch_dynamo, _torch_runner
 
 
@@ -25,19 +26,20 @@ class Piece(Protocol):
 
 
 class Attribute:
-    """An attribute of a module or object."""
+    """An attribute of a module or object. `fresh(rank)` is what a rank starts with."""
 
-    def __init__(self, owner: Any, name: str, fresh: Callable[[], Any]) -> None:
-        self.owner, self.name, self._fresh = owner, name, fresh
-
-    def fresh(self, rank: int) -> Any:
-        return self._fresh()
+    def __init__(self, owner: Any, name: str, fresh: Callable[[int], Any]) -> None:
+        self.owner, self.name, self.fresh = owner, name, fresh
 
     def get(self) -> Any:
         return getattr(self.owner, self.name)
 
     def set(self, state: Any) -> None:
         setattr(self.owner, self.name, state)
+
+
+def _new_in_process(owner: Any, name: str, fresh: Callable[[], Any]) -> Attribute:
+    return Attribute(owner, name, lambda rank: fresh())
 
 
 class Generators:
@@ -68,9 +70,11 @@ class ProcessState:
 
     def __init__(self, ranks: Iterable[int], pieces: Iterable[Piece] = ()) -> None:
         self.pieces: list[Piece] = [
-            *(Attribute(*found) for found in _torch_runner.process_wide_names()),
+            *(_new_in_process(*found) for found in _torch_runner.process_wide_names()),
             # init_process_group wraps it, to print the rank.
-            Attribute(sys, "excepthook", lambda: sys.__excepthook__),
+            Attribute(sys, "excepthook", lambda rank: sys.__excepthook__),
+            # Which groups belong together is known per world of groups.
+            Attribute(groups, "_registry", lambda rank: groups._Registry()),
             Generators(),
             *pieces,
         ]

@@ -116,6 +116,7 @@ class Scheduler:
         self._running: Task | None = None
         self._switched = time.monotonic()
         self.switches = 0
+        self.report_when_stopped = ""
 
     # ---- called by the caller's thread
     def run(self, fn: Callable[[int], Any]) -> dict[int, Any]:
@@ -152,9 +153,10 @@ class Scheduler:
         try:
             self._watch()
         except BaseException as error:  # Ctrl-C, or the time-out
+            self.report_when_stopped = self.report()
             self.stop(error)
             self._interrupt_running()
-            self._leave(grace=10.0)
+            self._leave(grace=5.0)
             raise
         self._leave(grace=10.0)
         if self.failed is not None and self._stop_on_error:
@@ -318,6 +320,7 @@ class Scheduler:
 
     def _give(self, task: Task) -> None:
         self._running, self._switched = task, time.monotonic()
+        self.paused_clock = False
         self.switches += 1
         task.gate.release()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import runpy
 import sys
 import threading
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ import torch
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _FILES = frozenset(
-    f for f in (contextlib.__file__, functools.__file__, threading.__file__) if f is not None
+    f
+    for f in (contextlib.__file__, functools.__file__, threading.__file__, runpy.__file__)
+    if f is not None
 )
 
 
@@ -48,10 +51,11 @@ def is_users(file: str) -> bool:
 
 def user_line() -> Line:
     """The user's line that the calling thread is in."""
-    return _line(user_frame(sys._getframe(1)))
+    return line_of(user_frame(sys._getframe(1)))
 
 
-def _line(frame: FrameType | None) -> Line:
+def line_of(frame: FrameType | None) -> Line:
+    """A frame's place."""
     if frame is None:
         return NOWHERE
     return Line(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
@@ -66,5 +70,5 @@ def thread_frame(thread: threading.Thread | None) -> FrameType | None:
 
 def where_thread_is(thread: threading.Thread | None) -> str:
     """'at a.py:3 in train' for a report."""
-    line = _line(thread_frame(thread))
+    line = line_of(thread_frame(thread))
     return f"at {line} in {line.function}" if line.file else "outside the user's code"

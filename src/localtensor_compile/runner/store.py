@@ -42,6 +42,10 @@ class RunnerStore(dist.Store):
     def of(cls, scheduler: Scheduler) -> RunnerStore:
         return cls(_Keys(scheduler))
 
+    @property
+    def scheduler(self) -> Scheduler:
+        return self._keys.scheduler
+
     def of_rank(self) -> RunnerStore:
         """The same keys, as another client sees them."""
         return RunnerStore(self._keys)

@@ -6,6 +6,7 @@ torch.distributed, functional collectives, DTensor, DDP, FSDP.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,7 @@ from .._torch import process_group_named, reduce_op_of
 from ..check.text import dtype_text
 from ..golden.listing import TensorType
 from ..golden.source import Source
+from ..runner._torch_runner import watching_groups
 from ..runner.calls import Call as RunnerCall
 from ..runner.engine import Engine
 from .calls import (
@@ -56,14 +58,17 @@ class _Rank:
 
 
 class Recorder:
-    """Watches the ranks of an engine."""
+    """Watches the ranks of an engine, which runs within `watching`."""
 
     def __init__(self, engine: Engine) -> None:
         self._world = engine.ranks
         self._ranks = {rank: _Rank() for rank in engine.ranks}
         engine.exchange.observers.append(self.called)
         engine.exchange.wait_observers.append(self.waits)
-        engine.group_observers.append(self.made_group)
+
+    def watching(self) -> contextlib.AbstractContextManager[None]:
+        """Context manager: what ranks do is written down."""
+        return watching_groups(self.made_group)
 
     # ---- what ranks do
     def called(self, given: RunnerCall) -> None:

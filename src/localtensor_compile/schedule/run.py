@@ -77,7 +77,7 @@ class _Run:
         self.records: dict[int, RankRecord] = {}
 
     def run(self) -> Schedule:
-        with one_thread(), forked_rng(self.device):
+        with one_thread(), forked_rng(self.device), self.recorder.watching():
             torch.manual_seed(self.seed)
             try:
                 self.engine.run(self._on_rank)
