@@ -480,6 +480,88 @@ def test_json_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["world_size"] == 2
 
 
+SCRIPT = """
+import os
+import sys
+import torch
+import torch.distributed as dist
+
+print("started")
+dist.init_process_group("gloo")
+rank = int(os.environ["RANK"])
+x = torch.ones(2)
+dist.all_reduce(x)
+if rank == 0:
+    assert x.sum() == 2 * int(os.environ["WORLD_SIZE"])
+    if sys.argv[1:] == ["--log"]:
+        dist.all_reduce(x)
+    if sys.argv[1:] == ["--exit"]:
+        sys.exit(3)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    file = tmp_path / "train.py"
+    file.write_text(SCRIPT)
+    return str(file)
+
+
+def test_a_script_for_torchrun(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lint", script, "--nproc-per-node", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"PASS  {script}: 6 calls of 3 ranks\n"
+    assert err == "started\n" * 3
+
+
+def test_a_script_with_a_mistake(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lint", script, "--nproc-per-node", "2", "--args", "--log"]) == 1
+    assert_expected_inline(
+        capsys.readouterr().out.replace(script, "train.py"),
+        """\
+different collectives (hang): collective 2 on world is all_reduce on rank 0, barrier on rank 1
+    rank 0  train.py:15: dist.all_reduce(x)
+            all_reduce(f32[2], sum)
+    rank 1  train.py:18: dist.barrier()
+            barrier()
+    On a cluster: each waits for the others to call the same, for ever; train.py:15 is reached
+        only where `if rank == 0` (line 12) is true.
+    Change: let all ranks of a group call the same collectives in the same order.
+
+FAIL  train.py: 4 calls of 2 ranks, 1 finding
+""",
+    )
+
+
+def test_a_script_that_exits(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lint", script, "--nproc-per-node", "2", "--args", "--exit"]) == 1
+    assert_expected_inline(
+        capsys.readouterr().out.replace(script, "train.py"),
+        """\
+a rank fails (hang): rank 0 raises SystemExit: 3
+    rank 0  train.py:17: sys.exit(3)
+            raises SystemExit: 3
+    rank 1  train.py:18: dist.barrier()
+            barrier()
+    On a cluster: those that wait for it hang until a time-out, or until the launcher ends them.
+    Change: let the rank not raise, or let all ranks learn of it: all_reduce a flag before the
+        next collective.
+
+FAIL  train.py: 3 calls of 2 ranks, 1 finding
+""",
+    )
+
+
+def test_a_script_in_python(script: str) -> None:
+    found = schedule(script, 2)
+    assert [c.op for c in found.rank(1)] == ["all_reduce", "barrier"]
+    assert found.findings == []
+    with pytest.raises(lt.ProgramError, match=r"no such file: no_such_file\.py "):
+        schedule("no_such_file.py", 2)
+
+
 def test_no_program_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lint", "no_such_file.py"]) == 2
     assert capsys.readouterr().err.startswith("localtensor lint: no such file: no_such_file.py")

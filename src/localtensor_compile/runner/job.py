@@ -59,14 +59,7 @@ class Job:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_one_thread_each(self.ranks))
             stack.enter_context(_signals())
-            engine = Engine(
-                self.ranks,
-                seed=self.seed,
-                timeout=self.timeout,
-                init_group=False,
-                pieces=self._pieces(),
-                script=True,
-            )
+            engine = self.engine()
             try:
                 engine.run(self._run_rank)
             except RankFailed as error:
@@ -85,11 +78,23 @@ class Job:
         print(summary(self.target, first), file=sys.stderr)
         return 1
 
+    def engine(self, stop_on_error: bool = True) -> Engine:
+        """The engine for the ranks; `execute` is what each runs."""
+        return Engine(
+            self.ranks,
+            seed=self.seed,
+            timeout=self.timeout,
+            init_group=False,
+            pieces=self._pieces(),
+            stop_on_error=stop_on_error,
+            script=True,
+        )
+
     # ---- one rank
     def _run_rank(self, rank: int) -> None:
         code, text = 0, ""
         try:
-            self._execute()
+            self.execute()
         except SystemExit as stop:
             code = _exit_code(stop)
             text = f"SystemExit: {stop.code}"
@@ -102,7 +107,8 @@ class Job:
         if code:
             raise RankFailed(Failure(rank, code, text.strip()))
 
-    def _execute(self) -> None:
+    def execute(self) -> None:
+        """Run the script in this thread, which is a rank."""
         if self.module:
             sys.argv = ["-m", *self.arguments]
             sys.path.insert(0, os.getcwd())

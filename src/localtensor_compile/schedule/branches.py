@@ -39,10 +39,15 @@ def branch_of(stack: Sequence[Source], others: Sequence[Source]) -> str:
     """
     for source in stack:
         beside = [o for o in others if o.file == source.file and o.function == source.function]
-        for branch in branches(source):
-            alone = branch.line == source.line or not any(o in branch for o in beside)
-            if alone:
-                return f"{source} is reached only where {branch.text}"
+        apart = [
+            branch
+            for branch in branches(source)
+            if branch.line == source.line or not any(o in branch for o in beside)
+        ]
+        if apart:
+            # Of several, the one that asks for the rank: the others may be true everywhere.
+            chosen = next((b for b in apart if "rank" in b.text), apart[0])
+            return f"{source} is reached only where {chosen.text}"
     return ""
 
 

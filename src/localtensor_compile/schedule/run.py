@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import replace
+import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from ..capture.graphs import CapturedGraphs
 from ..check.engines import forked_rng, one_thread
-from ..check.program import Program, ProgramFunction, World, as_program
-from ..errors import CollectiveError, RunnerDeadlock
+from ..check.program import Program, ProgramError, ProgramFunction, World, as_program
+from ..golden.source import Source
 from ..runner.engine import Engine
-from ..runner.scheduler import RankStopped
-from .calls import RAISED, STUCK, RankRecord
+from ..runner.job import Job
 from .captured import captured_schedule
-from .lines import noting_return, raised_at
-from .record import Recorder
+from .lines import noting_return
 from .schedule import Schedule, ScheduleError
+from .watch import Watch
 
 TIMEOUT = 300.0
 
 
 def schedule(
-    program: Program | ProgramFunction | CapturedGraphs,
+    program: Program | ProgramFunction | CapturedGraphs | str | os.PathLike[str],
     world_size: int | None = None,
     *,
+    args: Sequence[str] = (),
     seed: int = 0,
     device: torch.device | str = "cpu",
     timeout: float = TIMEOUT,
@@ -34,20 +34,21 @@ def schedule(
     """What each rank calls of torch.distributed, in order, and what of it would go wrong.
 
     Each rank runs the program on its own, in a thread of this process, so that ranks may take
-    other branches: dist.get_rank() is an int, tensors are plain. Nothing is compiled. Ranks that
-    would hang are stopped; `findings` of the result says why.
+    other branches: dist.get_rank() is an int, tensors are plain. `world.compile` compiles nothing.
+    Ranks that would hang are stopped; `findings` of the result says why.
 
     Args:
-        program: a function program(world), as for `check`; or what `capture` returned, for the
-            collectives of its graphs.
+        program: a function program(world), as for `check`; the path of a script that was written
+            for torchrun; or what `capture` returned, for the collectives of its graphs.
         world_size: number of ranks; of captured graphs it is known.
-        seed: of torch.manual_seed, on every rank.
-        device: where the program's World says tensors go.
+        args: of a script.
+        seed: of torch.manual_seed on every rank of a program; a script sets its own.
+        device: where a program's World says tensors go.
         timeout: seconds that a rank may run without a call that lets others run.
 
     Raises:
         ScheduleError: no number of ranks.
-        ProgramError: not a program.
+        ProgramError: not a program, or no such script.
         RunnerTimeout: a rank took too long.
         WorldError: ranks run in threads of this process already.
     """
@@ -62,55 +63,26 @@ def schedule(
         raise ScheduleError(
             f"world_size={world_size}: say how many ranks run the program, at least one."
         )
-    return _Run(as_program(program), world_size, seed, torch.device(device), timeout).run()
+    with one_thread():
+        if isinstance(program, (str, os.PathLike)):
+            return _of_script(Path(program), world_size, args, timeout)
+        with forked_rng(torch.device(device)):
+            torch.manual_seed(seed)
+            world = World(world_size, device)
+            return _of_program(as_program(program), world, timeout)
 
 
-class _Run:
-    def __init__(
-        self, program: Program, size: int, seed: int, device: torch.device, timeout: float
-    ) -> None:
-        self.program = program
-        self.seed = seed
-        self.device = device
-        self.engine = Engine(size, timeout=timeout, stop_on_error=False)
-        self.recorder = Recorder(self.engine)
-        self.records: dict[int, RankRecord] = {}
+def _of_program(program: Program, world: World, timeout: float) -> Schedule:
+    def on_rank(rank: int) -> Source | None:
+        with noting_return(program.function) as returned:
+            program.function(World(world.size, world.device))
+        return returned[0] if returned else None
 
-    def run(self) -> Schedule:
-        with one_thread(), forked_rng(self.device), self.recorder.watching():
-            torch.manual_seed(self.seed)
-            try:
-                self.engine.run(self._on_rank)
-            except RunnerDeadlock as deadlock:
-                self._add_waits(str(deadlock))
-        return Schedule(self.engine.world_size, dict(sorted(self.records.items())))
+    return Watch(Engine(world.size, timeout=timeout, stop_on_error=False)).run(on_rank)
 
-    def _add_waits(self, report: str) -> None:
-        """What the runner says of each rank that it has stopped."""
-        for line in report.splitlines():
-            word, _, rest = line.strip().partition(" ")
-            number, _, state = rest.partition(" ")
-            if word == "rank" and number.isdecimal() and self.records[int(number)].end == STUCK:
-                record = self.records[int(number)]
-                self.records[int(number)] = replace(record, error=record.error or state)
 
-    def _on_rank(self, rank: int) -> None:
-        function = self.program.function
-        with noting_return(function) as returned, self._noting_end(rank):
-            function(World(self.engine.world_size, self.device))
-            source = returned[0] if returned else None
-            self.records[rank] = self.recorder.ended(rank, source=source)
-
-    @contextlib.contextmanager
-    def _noting_end(self, rank: int) -> Iterator[None]:
-        try:
-            yield
-        except RankStopped:
-            self.records[rank] = self.recorder.ended(rank, STUCK)
-            raise
-        except Exception as error:
-            text = str(error).strip().split("\n")[0]
-            name = f"{type(error).__name__}: {text}" if text else type(error).__name__
-            # A CollectiveError is of a call that does not fit those of others.
-            end = STUCK if isinstance(error, CollectiveError) else RAISED
-            self.records[rank] = self.recorder.ended(rank, end, name, raised_at(error))
+def _of_script(path: Path, world_size: int, args: Sequence[str], timeout: float) -> Schedule:
+    if not path.is_file():
+        raise ProgramError(f"no such file: {path} (looked from {Path.cwd()}).")
+    job = Job(str(path), world_size, args, timeout=timeout)
+    return Watch(job.engine(stop_on_error=False)).run(lambda rank: job.execute())

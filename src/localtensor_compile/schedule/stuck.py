@@ -305,12 +305,19 @@ def skipped_groups(records: Records, matched: Matched) -> list[Finding]:
 
 
 def ends(records: Records, ranks: Sequence[int]) -> Iterator[Place]:
-    """Where ranks return."""
-    by_line: dict[Source | None, list[int]] = {}
+    """Where ranks return, or what they call last."""
+    by_line: dict[tuple[str, Source | None], list[int]] = {}
     for rank in ranks:
-        by_line.setdefault(records[rank].source, []).append(rank)
-    for source, found in by_line.items():
-        yield Place(tuple(found), "returns" if len(found) == 1 else "return", source)
+        record = records[rank]
+        if record.source is None and record.calls:
+            place = ("no call after this one", record.calls[-1].source)
+        else:
+            place = ("returns", record.source)
+        by_line.setdefault(place, []).append(rank)
+    for (text, source), found in by_line.items():
+        yield Place(
+            tuple(found), "return" if len(found) > 1 and text == "returns" else text, source
+        )
 
 
 def waiting_places(blocked: Mapping[int, Blocked], ranks: Sequence[int]) -> tuple[Place, ...]:
