@@ -16,7 +16,7 @@ from ..errors import RunnerTimeout
 from ..schedule.run import TIMEOUT, schedule
 from ..schedule.schedule import Schedule, ScheduleError
 from . import terminal
-from .check import positive_int
+from .check import add_ranks
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,14 +36,7 @@ def add_parser(subparsers: Any) -> None:
         help="a Python file with a function program(world), as for `localtensor check`; without "
         "such a function, a script for torchrun, which is run as it is",
     )
-    parser.add_argument(
-        "--nproc-per-node",
-        "--nproc_per_node",
-        type=positive_int,
-        default=4,
-        metavar="N",
-        help="number of ranks, as torchrun spells it (default: %(default)s)",
-    )
+    add_ranks(parser)
     parser.add_argument(
         "--seed", type=int, default=0, help="for torch.manual_seed (default: %(default)s)"
     )
