@@ -14,6 +14,12 @@ import torch.distributed._functional_collectives as funcol
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+)
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -344,6 +350,45 @@ def pipeline_of_two_stages(world: World) -> Outputs:
             dist.send(x.grad, 0)
             total += loss.detach()
     return {"total": total, "grad": stage.weight.grad}
+
+
+def _pipeline(kind: type[Any], stages: int) -> Outputs:
+    """Trains one step with `stages` stages on each rank."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    parts = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(stages)]
+    made = [
+        PipelineStage(part, rank + i * size, size * stages, torch.device("cpu"))
+        for i, part in enumerate(parts)
+    ]
+    schedule = kind(
+        made if stages > 1 else made[0],
+        n_microbatches=2 * size,
+        loss_fn=lambda output, target: (output - target).pow(2).sum(),
+    )
+    losses: list[Any] = []
+    if rank == 0:
+        schedule.step(torch.ones(4 * size, 4))
+    elif rank == size - 1:
+        schedule.step(target=torch.zeros(4 * size, 4), losses=losses)
+    else:
+        schedule.step()
+    return {"grad": parts[0][0].weight.grad, "losses": len(losses)}
+
+
+@correct(3)
+def trains_a_gpipe_pipeline(world: World) -> Outputs:
+    return _pipeline(ScheduleGPipe, 1)
+
+
+@correct(3)
+def trains_a_1f1b_pipeline(world: World) -> Outputs:
+    return _pipeline(Schedule1F1B, 1)
+
+
+@correct(2)
+def trains_an_interleaved_pipeline(world: World) -> Outputs:
+    return _pipeline(ScheduleInterleaved1F1B, 2)
 
 
 # ---------------------------------------------------------------- models

@@ -6,6 +6,7 @@ runs all of them on real processes.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from localtensor_compile import World
 
@@ -597,6 +601,71 @@ def starts_a_send_and_forgets_it(world: World) -> Outputs:
     x = _ones()
     if dist.get_rank() == 0:
         dist.isend(x, 1)  # !
+    return {"x": torch.ones(1)}  # !
+
+
+# ---------------------------------------------------------------- training
+def _model(*layers: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), *layers)
+
+
+@faulty("only some ranks")
+def trains_on_uneven_data(world: World) -> Outputs:
+    model = DistributedDataParallel(_model())
+    for _ in range(2 - dist.get_rank()):
+        loss = model(torch.ones(2, 4)).sum()  # !
+        loss.backward()
+    return {"x": torch.ones(1)}  # !
+
+
+@faulty("only some ranks")
+def skips_the_backward_of_a_bad_loss(world: World) -> Outputs:
+    model = DistributedDataParallel(_model())
+    loss = model(torch.full((2, 4), float("nan") if dist.get_rank() else 1.0)).sum()
+    if loss.isfinite():
+        loss.backward()  # !
+    return {"x": torch.ones(1)}  # !
+
+
+@faulty("only some ranks")
+def evaluates_on_rank_zero(world: World) -> Outputs:
+    model = DistributedDataParallel(_model(nn.BatchNorm1d(4)))
+    model(torch.randn(3, 4)).sum().backward()
+    model.eval()
+    if dist.get_rank() == 0:
+        model(torch.ones(2, 4))  # !
+    return {"x": torch.ones(1)}  # !
+
+
+@faulty("only some ranks")
+def runs_a_sharded_model_on_one_rank(world: World) -> Outputs:
+    mesh = init_device_mesh("cpu", (2,))
+    model = fully_shard(_model(), mesh=mesh)
+    if dist.get_rank() == 0:
+        model(torch.ones(2, 4))  # !
+    return {"x": torch.ones(1)}  # !
+
+
+@faulty("only some ranks", size=3)
+def waits_for_the_checkpoint_on_rank_zero(world: World) -> Outputs:
+    state = _model().state_dict()
+    if dist.get_rank() == 0:
+        io.BytesIO(repr(state).encode()).getvalue()
+        dist.barrier()  # !
+    return {"x": torch.ones(1)}  # !
+
+
+@faulty("send without recv")
+def splits_into_other_microbatches(world: World) -> Outputs:
+    rank = dist.get_rank()
+    stage = PipelineStage(_model(), rank, 2, torch.device("cpu"))
+    count = 4 if rank == 0 else 2
+    schedule = ScheduleGPipe(stage, n_microbatches=count)
+    if rank == 0:
+        schedule.step(torch.ones(8, 4))  # !
+    else:
+        schedule.step()
     return {"x": torch.ones(1)}  # !
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,11 @@ from expecttest import assert_expected_inline
 import localtensor_compile as lt
 from localtensor_compile import World, schedule
 from localtensor_compile.cli import main
+from localtensor_compile.golden.listing import TensorType
 from localtensor_compile.runner.engine import current_engine
+from localtensor_compile.schedule.calls import COLLECTIVE, Call, Group, RankRecord
 from localtensor_compile.schedule.findings import Finding
+from localtensor_compile.schedule.linting import findings
 
 from . import lint_programs
 from .lint_correct import CORRECT
@@ -391,6 +395,85 @@ def _text(name: str) -> str:
         for before in (f"lint_programs.py:{line}", f"line {line}"):
             text = text.replace(before, before.replace(str(line), f"+{line - first}"))
     return text
+
+
+def _in_else(world: World) -> dict[str, Any]:
+    if dist.get_rank() == 0:
+        x = torch.zeros(1)
+    else:
+        x = torch.ones(1)
+        dist.barrier()
+    return {"x": x}
+
+
+def _in_while(world: World) -> dict[str, Any]:
+    left = dist.get_rank()
+    while left > 0:
+        dist.barrier()
+        left -= 1
+    return {}
+
+
+def _in_for(world: World) -> dict[str, Any]:
+    for _ in range(dist.get_rank()):
+        dist.barrier()
+    return {}
+
+
+def _in_handler(world: World) -> dict[str, Any]:
+    try:
+        return {"x": 1 // dist.get_rank()}
+    except (ZeroDivisionError, IndexError):
+        dist.barrier()
+    return {}
+
+
+def _in_expression(world: World) -> dict[str, Any]:
+    return {"x": dist.barrier() if dist.get_rank() else None}
+
+
+def _in_inner_condition(world: World) -> dict[str, Any]:
+    if dist.get_rank() == 0:
+        if world.size > 1:
+            dist.barrier()
+    return {}
+
+
+@pytest.mark.parametrize(
+    "program, reason",
+    [
+        (_in_else, "`if dist.get_rank() == 0` (line N) is false"),
+        (_in_while, "`while left > 0` (line N) is true"),
+        (_in_for, "`for _ in range(dist.get_rank())` (line N) goes on"),
+        (_in_handler, "(ZeroDivisionError, IndexError) was raised (line N)"),
+        (_in_expression, "`dist.barrier() if dist.get_rank() else None` gets so far"),
+        (_in_inner_condition, "`if dist.get_rank() == 0` (line N) is true"),
+    ],
+)
+def test_the_branch_is_named(program: Callable[[World], dict[str, Any]], reason: str) -> None:
+    (found,) = schedule(program, 2).findings
+    said = re.sub(r"\(line \d+\)", "(line N)", found.happens)
+    assert said.partition("is reached only where ")[2] == f"{reason}."
+
+
+def test_a_loop_that_goes_on_for_longer_is_named() -> None:
+    found = _only("trains_on_uneven_data")
+    (line,) = {place.source.line for place in found.places if "broadcast" in place.text}
+    assert found.happens.endswith(
+        f"lint_programs.py:{line} is in `for _ in range(2 - dist.get_rank())` (line {line - 1}), "
+        "which goes on for longer there."
+    )
+
+
+def test_sizes_that_are_not_known_are_not_compared() -> None:
+    group = Group("ranks:0,1", (0, 1), "world")
+
+    def record(rank: int, rows: int | str) -> RankRecord:
+        given = (TensorType("f32", (rows, 2)),)
+        return RankRecord((Call(rank, 0, COLLECTIVE, "all_reduce", group, 0, given),))
+
+    assert findings({0: record(0, "s0"), 1: record(1, 4)}) == []
+    assert [f.kind for f in findings({0: record(0, 3), 1: record(1, 4)})] == ["shapes"]
 
 
 def test_all_ranks_that_fail_alike_are_one_finding() -> None:

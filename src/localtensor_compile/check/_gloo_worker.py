@@ -264,7 +264,7 @@ class _Worker:
 
 
 # ---------------------------------------------------------------- what a rank says about itself
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _STDLIB = os.path.dirname(threading.__file__) + os.sep
 

@@ -45,7 +45,7 @@ def add_parser(subparsers: Any) -> None:
         type=float,
         default=TIMEOUT,
         metavar="SECONDS",
-        help="for the whole program (default: %(default)g)",
+        help="how long a rank may run without a call that lets others run (default: %(default)g)",
     )
     parser.add_argument(
         "--json", metavar="FILE", help="write the findings there too, '-' for standard output"

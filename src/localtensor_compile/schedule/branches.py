@@ -19,19 +19,21 @@ class Branch:
         line: of its header.
         text: `if rank == 0` (line 3) is true.
         start, end: its first and last line.
+        loop: the header of a loop.
     """
 
     line: int
     text: str
     start: int
     end: int
+    loop: str = ""
 
     def __contains__(self, source: Source) -> bool:
         return self.start <= source.line <= self.end
 
 
 def branch_of(stack: Sequence[Source], others: Sequence[Source]) -> str:
-    """`a.py:12 is reached only where ... is true`, or nothing where no branch tells them apart.
+    """`a.py:12 is reached only where ... is true`, or that it is in a loop, or nothing.
 
     Args:
         stack: the lines that lead to a call, the innermost first.
@@ -48,6 +50,10 @@ def branch_of(stack: Sequence[Source], others: Sequence[Source]) -> str:
             # Of several, the one that asks for the rank: the others may be true everywhere.
             chosen = next((b for b in apart if "rank" in b.text), apart[0])
             return f"{source} is reached only where {chosen.text}"
+    for source in stack:
+        for branch in branches(source):
+            if branch.loop:
+                return f"{source} is in {branch.loop}, which goes on for longer there"
     return ""
 
 
@@ -91,12 +97,12 @@ def _parts(node: ast.AST, line: int) -> Iterator[Branch]:
     if isinstance(node, (ast.If, ast.While)):
         word = "if" if isinstance(node, ast.If) else "while"
         header = f"`{word} {_short(node.test)}` (line {node.lineno})"
-        yield from _body(node, node.body, line, f"{header} is true")
+        loop = header if isinstance(node, ast.While) else ""
+        yield from _body(node, node.body, line, f"{header} is true", loop)
         yield from _body(node, node.orelse, line, f"{header} is false")
     elif isinstance(node, ast.For):
-        loop = f"`for {_short(node.target)} in {_short(node.iter)}`"
-        header = f"{loop} (line {node.lineno})"
-        yield from _body(node, node.body, line, f"{header} goes on")
+        header = f"`for {_short(node.target)} in {_short(node.iter)}` (line {node.lineno})"
+        yield from _body(node, node.body, line, f"{header} goes on", header)
     elif isinstance(node, ast.Try):
         for handler in node.handlers:
             name = _short(handler.type) if handler.type is not None else "anything"
@@ -107,11 +113,13 @@ def _parts(node: ast.AST, line: int) -> Iterator[Branch]:
         yield Branch(node.lineno, f"`{_short(node)}` gets so far", line, line)
 
 
-def _body(node: ast.AST, body: Sequence[ast.stmt], line: int, text: str) -> Iterator[Branch]:
+def _body(
+    node: ast.AST, body: Sequence[ast.stmt], line: int, text: str, loop: str = ""
+) -> Iterator[Branch]:
     if body:
         start, end = body[0].lineno, body[-1].end_lineno or body[-1].lineno
         if start <= line <= end:
-            yield Branch(getattr(node, "lineno", start), text, start, end)
+            yield Branch(getattr(node, "lineno", start), text, start, end, loop)
 
 
 def _short(node: ast.AST, limit: int = 60) -> str:

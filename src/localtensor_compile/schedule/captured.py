@@ -68,8 +68,9 @@ class _Reader:
         source = given.get("src")
         splits = None
         if "output_split_sizes" in given:
-            sizes = (given["input_split_sizes"], given["output_split_sizes"])
-            splits = tuple(tuple(n for n in s if isinstance(n, int)) for s in sizes)
+            sizes = [tuple(given[f"{side}_split_sizes"]) for side in ("input", "output")]
+            if all(isinstance(n, int) for s in sizes for n in s):
+                splits = sizes[0], sizes[1]
         return Call(
             rank=self.rank,
             number=self.calls,
@@ -82,7 +83,7 @@ class _Reader:
             bytes=step.sent,
             reduce_op=given.get("reduce_op"),
             root=None if source is None else group.ranks[source],
-            splits=splits,  # type: ignore[arg-type]
+            splits=splits,
             waits=False,
             stack=() if step.source is None else (step.source,),
         )

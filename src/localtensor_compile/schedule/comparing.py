@@ -134,12 +134,12 @@ def _reduce_ops(calls: Sequence[Call]) -> Finding | None:
 # ---------------------------------------------------------------- tensors
 def _tensors(calls: Sequence[Call]) -> Finding | None:
     first = calls[0]
+    if not all(_is_known((*c.given, *c.taken)) for c in calls):
+        return None
     if first.op in _EXCHANGES:
         return _exchange(calls)
     if first.op in ("gather", "scatter"):
         return _rooted(calls)
-    if first.op in ("barrier", "monitored_barrier"):
-        return None
     given = _by(calls, lambda c: tensors_text(c.given))
     if len(given) == 1:
         return None
@@ -284,6 +284,11 @@ def _part(call: Call, other: int, side: int) -> tuple[str, int] | None:
 
 
 # ---------------------------------------------------------------- sizes
+def _is_known(tensors: Iterable[TensorType]) -> bool:
+    """Whether all sizes are numbers; those of captured dynamic graphs are not."""
+    return all(isinstance(size, int) for t in tensors for size in t.shape)
+
+
 def _bytes(tensors: Iterable[TensorType]) -> int:
     return sum(
         _itemsize(t.dtype) * math.prod(s for s in t.shape if isinstance(s, int)) for t in tensors
