@@ -133,6 +133,11 @@ def mesh_local_rank() -> None:
     assert values(grid().get_local_rank("a")) == [0, 0, 1, 1]
 
 
+@needs("DeviceMesh._get_all_submeshes")
+def mesh_of_every_row() -> None:
+    assert [m.mesh.tolist() for m in grid()._get_all_submeshes("b")] == [[0, 1], [2, 3]]
+
+
 @needs("DeviceMesh._is_current_rank_part_of_mesh")
 def mesh_without_rank_0() -> None:
     with LocalTensorMode({2, 3}):

@@ -1,7 +1,5 @@
 """Simulate every rank of a distributed PyTorch program in one process, compiled."""
 
-from typing import Any
-
 from . import _c10d as _c10d
 from . import dispatch as dispatch
 from . import stacked as stacked
@@ -31,6 +29,8 @@ from .errors import CollectiveError as CollectiveError
 from .errors import LocalTensorError as LocalTensorError
 from .errors import PlainTensorError as PlainTensorError
 from .errors import RankDivergence as RankDivergence
+from .errors import RunnerDeadlock as RunnerDeadlock
+from .errors import RunnerTimeout as RunnerTimeout
 from .errors import ShardError as ShardError
 from .errors import UnsupportedError as UnsupportedError
 from .errors import WorldError as WorldError
@@ -45,6 +45,13 @@ from .golden.testcase import GoldenTestCase as GoldenTestCase
 from .golden.text import GoldenError as GoldenError
 from .replay.simulated import Replayed as Replayed
 from .replay.simulated import replay as replay
+from .runner.look import at as at
+from .runner.mode import LocalRunnerMode as LocalRunnerMode
+from .schedule.calls import Call as Call
+from .schedule.findings import Finding as Finding
+from .schedule.run import schedule as schedule
+from .schedule.schedule import Schedule as Schedule
+from .schedule.schedule import ScheduleError as ScheduleError
 from .values.int_node import LocalIntNode as LocalIntNode
 from .values.tensor import LocalTensor as LocalTensor
 from .world.drop_in import _LOCAL_TENSOR_ATTR_PREFIX as _LOCAL_TENSOR_ATTR_PREFIX
@@ -66,13 +73,3 @@ from .world.per_rank_code import reconcile_args as reconcile_args
 from .world.state import enabled_local_tensor_mode as enabled_local_tensor_mode
 from .world.state import get_local_tensor_mode_list as get_local_tensor_mode_list
 from .world.state import local_tensor_mode as local_tensor_mode
-
-_NOT_YET = ("LocalRunnerMode",)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _NOT_YET:
-        raise AttributeError(
-            f"{name} is not simulated yet: localtensor_compile runs one program for all ranks."
-        )
-    raise AttributeError(f"module 'localtensor_compile' has no attribute {name!r}")

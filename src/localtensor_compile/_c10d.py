@@ -6,16 +6,14 @@ implementation. New code calls torch.distributed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from ._torch import reduce_op_of
 from .collectives import c10d, functional
 from .collectives.groups import groups_of
 from .collectives.ops import settings
 from .collectives.reduction import reduce_shards
-from .errors import UnsupportedError
-from .values.tensor import LocalTensor, _wrap
+from .runner import spmd_p2p
 
 _local_functional_all_gather_into_tensor = functional._all_gather
 _local_functional_reduce_scatter_tensor = functional._reduce_scatter
@@ -64,23 +62,8 @@ def wait_all(work: Any) -> None:
             one.wait()
 
 
-def _needs_a_program_per_rank(name: str) -> Callable[..., NoReturn]:
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        raise UnsupportedError(
-            f"{name} is a point-to-point call, which needs a program per rank: localtensor_compile "
-            "runs one program for all ranks. Use collectives, or all_to_all_single with splits."
-        )
-
-    refuse.__name__ = name
-    return refuse
-
-
-_local_send = _needs_a_program_per_rank("_local_send")
-_local_recv_ = _needs_a_program_per_rank("_local_recv_")
-_local_recv_any_source_ = _needs_a_program_per_rank("_local_recv_any_source_")
-local_p2p_op = _needs_a_program_per_rank("local_p2p_op")
-
-
-def _attach_rank(tensor: Any, rank: int) -> Any:
-    """The LocalTensor of one rank only, for calls that one rank makes."""
-    return _wrap({rank: tensor._local_tensors[rank] if isinstance(tensor, LocalTensor) else tensor})
+_local_send = spmd_p2p.local_send
+_local_recv_ = spmd_p2p.local_recv_
+_local_recv_any_source_ = spmd_p2p.local_recv_any_source_
+local_p2p_op = spmd_p2p.local_p2p_op
+_attach_rank = spmd_p2p.attach_rank

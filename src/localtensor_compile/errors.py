@@ -30,6 +30,14 @@ class CollectiveError(LocalTensorError, ValueError):
     """A collective that would fail, hang or corrupt data on real processes."""
 
 
+class RunnerDeadlock(CollectiveError):
+    """Every rank of a runner waits for another one."""
+
+
+class RunnerTimeout(LocalTensorError, TimeoutError):
+    """A rank of a runner did not let others run in time."""
+
+
 class WorldError(LocalTensorError):
     """The simulated world is missing, has ended, or does not hold the named ranks."""
 

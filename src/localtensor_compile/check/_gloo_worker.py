@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+import typing_extensions
 
 from ._gloo_target import Programs, Target
 
@@ -263,7 +264,7 @@ class _Worker:
 
 
 # ---------------------------------------------------------------- what a rank says about itself
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _STDLIB = os.path.dirname(threading.__file__) + os.sep
 
@@ -280,6 +281,6 @@ def _where(thread: int) -> str:
     for frame in reversed(traceback.extract_stack(sys._current_frames()[thread])):
         file = frame.filename
         in_stdlib = file.startswith(_STDLIB) and "site-packages" not in file
-        if not in_stdlib and not file.startswith((_HERE, _TORCH, "<")):
+        if not in_stdlib and not file.startswith((_HERE, _TORCH, typing_extensions.__file__, "<")):
             return f"{file}:{frame.lineno} in {frame.name}: {frame.line}"
     return "in no line of the program: starting up, or returned"

@@ -90,7 +90,7 @@ def run_simulated(
 @contextlib.contextmanager
 def simulated_world(world_size: int, seed: int, device: torch.device) -> Iterator[LocalTensorMode]:
     """A world with one thread per op and seeded random numbers, which leaves the caller's alone."""
-    with _one_thread(), _forked_rng(device), LocalTensorMode(world_size) as mode:
+    with one_thread(), forked_rng(device), LocalTensorMode(world_size) as mode:
         torch.manual_seed(seed)
         yield mode
 
@@ -172,7 +172,7 @@ def _compile_counters() -> Any:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One intra-op thread, as in the gloo processes: more threads sum in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -182,6 +182,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _forked_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
+def forked_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
     return torch.random.fork_rng(devices)

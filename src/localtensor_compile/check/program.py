@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
+import typing_extensions
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..errors import LocalTensorError
@@ -34,7 +35,13 @@ DEFAULT_FUNCTION = "program"
 DEGREES = ("dp", "tp", "pp")
 
 _STDLIB = f"{sysconfig.get_path('stdlib')}{os.sep}"
-_NOT_USERS = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}", "<")
+# torch's deprecated functions go through typing_extensions.
+_NOT_USERS = (
+    f"{Path(torch.__file__).parent}{os.sep}",
+    f"{Path(__file__).parents[1]}{os.sep}",
+    typing_extensions.__file__,
+    "<",
+)
 
 
 class ProgramError(LocalTensorError, ValueError):
@@ -297,11 +304,12 @@ def user_frames(error: BaseException) -> str:
 
 
 def _users_frames(stack: traceback.StackSummary) -> traceback.StackSummary:
-    own = [frame for frame in stack if _is_users(frame.filename)]
+    own = [frame for frame in stack if is_users(frame.filename)]
     return traceback.StackSummary.from_list(own) if own else stack
 
 
-def _is_users(file: str) -> bool:
+def is_users(file: str) -> bool:
+    """Whether a file is the user's, or a library's that is not named here."""
     if file.startswith(_STDLIB):
         return "site-packages" in file
     return not file.startswith(_NOT_USERS)

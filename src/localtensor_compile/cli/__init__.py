@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import check, graph, matrix, replay, scoreboard
+from . import check, graph, lint, matrix, replay, run, scoreboard
 
 # Each has add_parser(subparsers), which sets the default `run`: (arguments) -> exit code.
-COMMANDS = (check, graph, matrix, replay, scoreboard)
+COMMANDS = (check, graph, lint, matrix, replay, run, scoreboard)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,14 +32,7 @@ def add_parser(subparsers: Any) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of a check, for this command and for files that end in main(program)."""
-    parser.add_argument(
-        "--nproc-per-node",
-        "--nproc_per_node",
-        type=_positive_int,
-        default=4,
-        metavar="N",
-        help="number of ranks, as torchrun spells it (default: %(default)s)",
-    )
+    add_ranks(parser)
     parser.add_argument(
         "--backend",
         type=names,
@@ -69,6 +62,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="a line per engine, output and rank"
+    )
+
+
+def add_ranks(parser: argparse.ArgumentParser) -> None:
+    """--nproc-per-node, as torchrun spells it."""
+    parser.add_argument(
+        "--nproc-per-node",
+        "--nproc_per_node",
+        type=positive_int,
+        default=4,
+        metavar="N",
+        help="number of ranks, as torchrun spells it (default: %(default)s)",
     )
 
 
@@ -105,7 +110,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return 2
 
 
-def _positive_int(text: str) -> int:
+def positive_int(text: str) -> int:
+    """A number of ranks."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not a number of ranks: at least 1")

@@ -83,12 +83,16 @@ def fingerprint(ranks: Sequence[int] = ()) -> str:
 def groups_of(group: Any, ranks: Sequence[int]) -> Groups:
     """The groups that `group` (a name, a ProcessGroup or a boxed one) stands for.
 
+    Groups that are given stand for themselves.
+
     Args:
         ranks: the ranks that the operands have shards of, in order.
 
     Raises:
         CollectiveError: no such process group, or a group of which only some ranks have shards.
     """
+    if isinstance(group, Groups):
+        return group
     _registry.refresh()
     if not isinstance(group, str):
         name = resolve_group(group).group_name

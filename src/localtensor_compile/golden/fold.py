@@ -109,7 +109,7 @@ def fold(
         rank: [_called(step, known.get((rank, step.name))) for step in steps]
         for rank, steps in programs.items()
     }
-    columns = _align(programs)
+    columns = align(programs)
     names = _names(columns, programs)
     named = list(zip(columns, names))
     of_step = {(rank, index): name for column, name in named for rank, index in column.items()}
@@ -125,7 +125,8 @@ def fold(
 Column = dict[int, int]  # rank -> step
 
 
-def _align(programs: Mapping[int, Sequence[Step]]) -> list[Column]:
+def align(programs: Mapping[int, Sequence[Step]]) -> list[Column]:
+    """The steps of all ranks as columns, of which each has at most one step of a rank."""
     kinds: dict[tuple[Hashable, ...], list[int]] = {}
     for rank in sorted(programs):
         kinds.setdefault(tuple(map(_key, programs[rank])), []).append(rank)

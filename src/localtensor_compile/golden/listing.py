@@ -136,10 +136,10 @@ class _Listing:
                 self._is_part(node, Ref(base.step, int(node.args[1])))
             else:
                 self._append(node, OP, "getitem")
-        elif _schema_name(node.target) == WAIT:
+        elif schema_name(node.target) == WAIT:
             # A collective and the wait for it are one line.
             self._is_part(node, self._value(node.args[0]))
-        elif _is_collective(node.target):
+        elif is_collective(node.target):
             self._append(node, COLLECTIVE, _op_name(node.target))
         else:
             self._append(node, OP, _op_name(node.target))
@@ -187,7 +187,7 @@ class _Listing:
 
     def _arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
         given = [self._value(a) for a in node.args]
-        if _is_collective(node.target):
+        if is_collective(node.target):
             names = [a.name for a in node.target._schema.arguments]
             given = [
                 GroupRef(self.groups(value)) if name == "group_name" else value
@@ -272,20 +272,22 @@ def _number(name: str) -> int:
     return int(digits or 0)
 
 
-def _schema_name(target: Any) -> str:
+def schema_name(target: Any) -> str:
+    """`namespace::name` of an op, empty of any other target."""
     schema = getattr(target, "_schema", None)
     return schema.name if schema is not None else ""
 
 
-def _is_collective(target: Any) -> bool:
-    namespace = _schema_name(target).partition("::")[0]
+def is_collective(target: Any) -> bool:
+    """Whether a node's target is one of torch's functional collectives."""
+    namespace = schema_name(target).partition("::")[0]
     return namespace in ("_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 
 
 def _op_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         namespace, _, name = target._schema.name.partition("::")
-        if _is_collective(target):
+        if is_collective(target):
             return name
         overload = target._schema.overload_name
         return ".".join(filter(None, (namespace, name, overload)))

@@ -95,6 +95,14 @@ def _mesh() -> Iterator[Replacement]:
 
     yield mesh_class, "__init__", when_enabled(mesh_class.__init__, init)
 
+    def all_submeshes(original: Any, mode: Any, *args: Any, **kwargs: Any) -> Any:
+        with mode.disable():  # it asks whether its process is in each
+            return original(*args, **kwargs)
+
+    submeshes = mesh_class.__dict__.get("_get_all_submeshes")
+    if submeshes is not None:
+        yield mesh_class, "_get_all_submeshes", when_enabled(submeshes, all_submeshes)
+
     one_group = mesh_class.__dict__.get("_init_one_process_group")
     if one_group is not None:
         yield mesh_class, "_init_one_process_group", staticmethod(_recording(one_group.__func__))
