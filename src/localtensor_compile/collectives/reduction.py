@@ -137,15 +137,21 @@ def memory_order(t: Tensor) -> Tensor:
         CollectiveError: `t` has gaps or overlaps. gloo would then read and write memory that does
             not belong to it.
     """
-    dims = sorted(range(t.dim()), key=lambda d: (-t.stride(d), t.shape[d] == 1))
-    ordered = t.permute(dims)
-    if not ordered.is_contiguous():
+    return memory_order_of_rows(t.unsqueeze(0)).squeeze(0)
+
+
+def memory_order_of_rows(stack: Tensor) -> Tensor:
+    """`memory_order` of each row of a stack [ranks, *local]: a view [ranks, elements]."""
+    stride, shape = stack.stride()[1:], stack.shape[1:]
+    dims = sorted(range(len(shape)), key=lambda d: (-stride[d], shape[d] == 1))
+    ordered = stack.permute(0, *[1 + d for d in dims])
+    if not ordered[0].is_contiguous():
         raise CollectiveError(
-            f"a tensor of shape {tuple(t.shape)} and strides {tuple(t.stride())} has gaps or "
+            f"a tensor of shape {tuple(shape)} and strides {tuple(stride)} has gaps or "
             "overlaps in memory, which an in-place collective of gloo would write into. "
             "Use tensor.contiguous()."
         )
-    return ordered.view(-1)
+    return ordered.flatten(1) if len(dims) else ordered.unsqueeze(1)
 
 
 # ---------------------------------------------------------------- before and after
@@ -204,9 +210,7 @@ def factors_of(shards: Sequence[Tensor], factor: Any) -> list[Tensor]:
     ]
 
 
-def finished(
-    total: Tensor, dtype: torch.dtype, size: int, op: str, complex_parts: bool
-) -> Tensor:
+def finished(total: Tensor, dtype: torch.dtype, size: int, op: str, complex_parts: bool) -> Tensor:
     """The result of an op over `size` shards of `dtype`, from their total."""
     if dtype is torch.bool:
         return total.ne(0)

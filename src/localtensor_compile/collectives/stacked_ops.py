@@ -128,9 +128,7 @@ def reduce(stack: Tensor, op: str, root: int, groups: Sequence[int], group_size:
     return joined_rows(left, plan, stack)
 
 
-def _fake_reduce_scatter(
-    stack: Tensor, op: str, groups: Sequence[int], group_size: int
-) -> Tensor:
+def _fake_reduce_scatter(stack: Tensor, op: str, groups: Sequence[int], group_size: int) -> Tensor:
     return stack.new_empty((stack.shape[0], stack.shape[1] // group_size, *stack.shape[2:]))
 
 
