@@ -105,11 +105,12 @@ def _allreduce_coalesced_(
         groups = apply.locate(targets[0], process_group)
         sources = [_reduced(t, reduce_op) for t in targets]
         op = sources[0][1]
-        taking_part = [on_stacks.members_only(s, groups) for s, _ in sources]
-        among = taking_part[0][1]
-        if any(g != among for _, g in taking_part):  # in both layouts
-            taking_part, among = sources, groups
-        results = apply.all_reduce_together([t for t, _ in taking_part], op, among, what)
+        given = [s for s, _ in sources]
+        among = groups
+        found = [on_stacks.members_only(s, groups) for s in given]
+        if all(g == found[0][1] for _, g in found):  # else they are in both layouts
+            given, among = [s for s, _ in found], found[0][1]
+        results = apply.all_reduce_together(given, op, among, what)
         for target, result in zip(targets, results):
             apply.copy_into(target, result, groups.members, what)
     return completed_work(tensors)

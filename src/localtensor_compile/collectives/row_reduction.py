@@ -82,7 +82,7 @@ def _fold(rows: Tensor, name: str, order: str) -> Tensor:
         return rows.select(1, 0).clone(memory_format=torch.contiguous_format)
     exact = not rows.dtype.is_floating_point
     if exact and name in _EXACT:
-        return _EXACT[name](rows, 1, dtype=rows.dtype)  # type: ignore[operator]
+        return _EXACT[name](rows, 1, dtype=rows.dtype)
     if exact and name in _EXTREME:
         return _EXTREME[name](rows, 1)
     commutes = size == 2 and name not in _EXTREME
