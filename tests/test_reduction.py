@@ -286,7 +286,7 @@ def test_sum_and_min_equal_gloo(world_size: int) -> None:
 @pytest.mark.gloo
 def test_equals_gloo_on_larger_tensors() -> None:
     cases = [Case(kind, "sum", torch.float64, 8000) for kind in KINDS]
-    assert reduction._SMALL < 3 * make_shard(cases[0], 0, 3).nbytes  # the way with few copies
+    assert reduction.SMALL < 3 * make_shard(cases[0], 0, 3).nbytes  # the way with few copies
     compare(cases, 3)
 
 
@@ -364,7 +364,7 @@ def test_both_ways_to_follow_the_ring_agree(
     """One has few ops, for small tensors, the other makes few copies."""
     shards = plain_shards(size, rows=rows)
     few_ops = reduce_shards(shards, "sum")
-    monkeypatch.setattr(reduction, "_SMALL", 0)
+    monkeypatch.setattr(reduction, "SMALL", 0)
     assert torch.equal(reduce_shards(shards, "sum"), few_ops)
 
 
@@ -432,7 +432,7 @@ def test_works_on_fake_tensors_and_traced(
     op: str, small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not small:
-        monkeypatch.setattr(reduction, "_SMALL", 0)
+        monkeypatch.setattr(reduction, "SMALL", 0)
     shards = plain_shards(4)
     want = [reduce_shards(shards, op), *reduce_to_root(shards, op, 2)]
 

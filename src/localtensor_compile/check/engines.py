@@ -61,12 +61,14 @@ def run_simulated(
     *,
     degrees: Mapping[str, int] | None = None,
     whole: bool = False,
+    layout: str = "per_rank",
 ) -> EngineRun:
     """Run on simulated ranks in this process, compiled with `backend` unless it is None.
 
     Args:
         degrees: degrees of parallelism for the program's World.
         whole: whether outputs that are DTensors are gathered.
+        layout: of the LocalTensorMode.
     """
 
     def run(result: EngineRun) -> None:
@@ -74,7 +76,7 @@ def run_simulated(
         counters = _compile_counters()
         counters.clear()
         world = World(world_size, device, "eager" if backend == DYNAMO else backend, degrees)
-        with simulated_world(world_size, seed, device) as mode:
+        with simulated_world(world_size, seed, device, layout) as mode:
             values = shards_of(program.function(world), sorted(mode.ranks), whole)
         result.asked = frozenset(world.asked)
         if backend is not None:
@@ -88,9 +90,12 @@ def run_simulated(
 
 
 @contextlib.contextmanager
-def simulated_world(world_size: int, seed: int, device: torch.device) -> Iterator[LocalTensorMode]:
+def simulated_world(
+    world_size: int, seed: int, device: torch.device, layout: str = "per_rank"
+) -> Iterator[LocalTensorMode]:
     """A world with one thread per op and seeded random numbers, which leaves the caller's alone."""
-    with one_thread(), forked_rng(device), LocalTensorMode(world_size) as mode:
+    mode = LocalTensorMode(world_size, layout=layout)
+    with one_thread(), forked_rng(device), mode:
         torch.manual_seed(seed)
         yield mode
 

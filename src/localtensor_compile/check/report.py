@@ -90,13 +90,17 @@ class EngineResult:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The result of `check`. `str()` of it is a table; `ok` says whether everything agreed."""
+    """The result of `check`. `str()` of it is a table; `ok` says whether everything agreed.
+
+    `layout` is that of the simulated ranks: "per_rank" or "stacked".
+    """
 
     program: str
     world_size: int
     seed: int
     engines: Sequence[EngineResult]
     rows: Sequence[Row] = field(default_factory=tuple)
+    layout: str = "per_rank"
 
     @property
     def ok(self) -> bool:
@@ -140,6 +144,7 @@ class CheckReport:
                 "program": self.program,
                 "world_size": self.world_size,
                 "seed": self.seed,
+                "layout": self.layout,
                 "ok": self.ok,
                 "engines": [vars(engine) for engine in self.engines],
                 "rows": [_row_json(row) for row in self.rows],
@@ -254,8 +259,14 @@ def _summary(report: CheckReport, engine: EngineResult) -> str:
 def _verdict(report: CheckReport) -> str:
     outputs = len(_by_output(report.rows))
     what = f"{report.program}, {plural(report.world_size, 'rank')}, {plural(outputs, 'output')}"
+    if report.layout == "stacked":
+        what += ", stacked"
     if report.ok:
-        return f"PASS  {what}: every engine agrees on every rank."
+        rounded = {row.output for row in report.rows if row.kind == "close"}
+        end = ""
+        if report.layout == "stacked" and rounded:
+            end = f" Not every bit: {', '.join(sorted(rounded))} within tolerances."
+        return f"PASS  {what}: every engine agrees on every rank.{end}"
     broken = [engine.name for engine in report.engines if engine.error is not None]
     wrong = list(dict.fromkeys(row.engine for row in report.rows if not row.passed))
     reasons = [f"{', '.join(broken)} failed"] if broken else []

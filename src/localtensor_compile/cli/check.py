@@ -9,6 +9,7 @@ from typing import Any
 
 from ..check.program import Program, ProgramError, load_program
 from ..check.runner import BACKENDS, check
+from ..world.mode import LAYOUTS
 from . import terminal
 
 
@@ -54,6 +55,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, help="for torch.manual_seed (default: %(default)s)"
     )
     parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default="per_rank",
+        help="of the simulated ranks: stacked runs each op once for all of them (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
         "--timeout",
         type=float,
         default=600.0,
@@ -92,6 +100,7 @@ def run_check(program: Program, arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             timeout=arguments.timeout,
             progress=progress,
+            layout=arguments.layout,
         )
     if arguments.json == "-":
         print(report.to_json())

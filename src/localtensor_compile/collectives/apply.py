@@ -14,7 +14,9 @@ from torch import Tensor
 from ..errors import CollectiveError, per_rank_text
 from ..values.rank_node import is_ranked
 from ..values.ranked import per_rank_values
+from ..values.stack import ShardsOfStack, stack_of
 from ..values.tensor import LocalTensor, _wrap
+from . import on_stacks
 from .groups import Groups, groups_of
 from .ops import OPS, require_agreement
 
@@ -47,7 +49,10 @@ def require_resolved(tensor: LocalTensor, what: str) -> None:
 
     torch resolves it before a collective, but not inside a DTensor's redistribution in backward.
     """
-    if any(type(t) is Tensor and t.is_conj() for t in tensor._local_tensors.values()):
+    shards = tensor._local_tensors
+    stack = stack_of(shards)
+    held = shards.values() if stack is None else (stack,)
+    if any(type(t) is Tensor and t.is_conj() for t in held):
         raise CollectiveError(
             f"{what} of a complex tensor of shape {tuple(tensor.shape)} whose conjugation is not "
             "resolved: real ranks fail here too, in view_as_real. Call resolve_conj() on it, or on "
@@ -77,6 +82,8 @@ def require_same_shape(tensor: LocalTensor, groups: Groups, what: str, dims: sli
     """Raise CollectiveError unless the members of each group agree in shape[dims]."""
     if not any(isinstance(s, torch.SymInt) for s in tensor._size[dims]):
         return
+    if type(tensor._local_tensors) is ShardsOfStack:
+        return
     shards = tensor._local_tensors
     for group in groups.ranks:
         shapes = {r: tuple(shards[r].shape) for r in group}
@@ -95,9 +102,13 @@ def _equal_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 def run(op: Any, tensor: LocalTensor, groups: Groups, *options: Any) -> LocalTensor:
     """Run localtensor::`op` on `tensor`; `options` stand before the groups."""
+    at_once = on_stacks.run(op, tensor, groups, options)
+    if at_once is not NotImplemented:
+        return at_once
     shards = tensor._local_tensors
     out = op(list(shards.values()), *options, list(groups.positions), groups.size)
-    return _wrap(dict(zip(shards, out)))
+    result = _wrap(dict(zip(shards, out)))
+    return on_stacks.back(op, result) if type(shards) is ShardsOfStack else result
 
 
 def all_reduce(tensor: LocalTensor, op: str, groups: Groups, what: str) -> LocalTensor:
@@ -116,6 +127,9 @@ def all_reduce_together(
             f"{what} got tensors of dtypes {sorted({str(t.dtype) for t in tensors})}. "
             "Use one dtype, or one call per dtype."
         )
+    row = on_stacks.cat_flat(tensors)
+    if row is not None:
+        return on_stacks.split_flat(all_reduce(row, op, groups, what), tensors)
     ranks = list(tensors[0]._local_tensors)
     joined = {r: torch.cat([t._local_tensors[r].reshape(-1) for t in tensors]) for r in ranks}
     reduced = all_reduce(_wrap(joined), op, groups, what)._local_tensors
@@ -173,6 +187,9 @@ def all_to_all_single(
     """
     require_rows(tensor, what)
     require_same_shape(tensor, groups, what, slice(1, None))
+    at_once = on_stacks.equal_all_to_all(tensor, (input_splits, output_splits), groups)
+    if at_once is not NotImplemented:
+        return at_once
     size = groups.size
     sent = {
         r: _splits(input_splits, t.shape[0], size, r, what)
@@ -208,8 +225,10 @@ def all_to_all_single(
         }
     expected = [s for r in shards for s in received.get(r, nothing)]
     positions = list(groups.positions)
-    out = OPS.all_to_all_single.default(list(shards.values()), given, expected, positions, size)
-    return _wrap(dict(zip(shards, out)))
+    op = OPS.all_to_all_single.default
+    out = op(list(shards.values()), given, expected, positions, size)
+    result = _wrap(dict(zip(shards, out)))
+    return on_stacks.back(op, result) if type(shards) is ShardsOfStack else result
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -249,6 +268,8 @@ def copy_into(target: Any, result: LocalTensor, ranks: Any, what: str) -> None:
         CollectiveError: a rank's output has another number of elements than its result.
     """
     out = local(target, what)
+    if on_stacks.copy_into(out, result, ranks):
+        return
     for r in ranks:
         have, got = out._local_tensors[r], result._local_tensors[r]
         if have.dtype != got.dtype:

@@ -13,11 +13,12 @@ from typing import Any
 from .._torch import completed_work, reduce_op_of
 from ..errors import CollectiveError, UnsupportedError, per_rank_text
 from ..values.op_table import Handler, implements_namespace
-from ..values.tensor import LocalTensor, _wrap
-from . import apply
+from ..values.stack import stack_of
+from ..values.tensor import LocalTensor, _wrap, _wrap_stacked
+from . import apply, on_stacks
 from .groups import Groups
 from .ops import OPS
-from .reduction import memory_order
+from .reduction import memory_order, memory_order_of_rows
 
 _table: dict[str, Callable[..., Any]] = {}
 
@@ -56,6 +57,9 @@ def _reduced(tensor: LocalTensor, reduce_op: Any) -> tuple[LocalTensor, str]:
     op, factor = reduce_op_of(reduce_op)
     if op != "premul_sum":
         return tensor, op
+    stack = stack_of(tensor._local_tensors)
+    if stack is not None:
+        return _wrap_stacked((stack * factor).to(stack.dtype), on_stacks.ranks_of(tensor)), "sum"
     shards = {r: (t * factor).to(t.dtype) for r, t in tensor._local_tensors.items()}
     return _wrap(shards), "sum"
 
@@ -73,13 +77,19 @@ def _allreduce_one(tensor: Any, process_group: Any, reduce_op: Any) -> None:
     tensor, groups = _operand(tensor, process_group, "all_reduce")
     tensor = _by_memory(tensor)
     source, op = _reduced(tensor, reduce_op)
-    result = apply.all_reduce(source, op, groups, "all_reduce")
+    source, among = on_stacks.members_only(source, groups)
+    result = apply.all_reduce(source, op, among, "all_reduce")
     apply.copy_into(tensor, result, groups.members, "all_reduce")
 
 
 def _by_memory(tensor: LocalTensor) -> LocalTensor:
     """gloo reduces in place in the order of the memory, which decides how sums associate."""
     shards = tensor._local_tensors
+    stack = stack_of(shards)
+    if stack is not None:
+        if tensor.is_contiguous():
+            return tensor
+        return _wrap_stacked(memory_order_of_rows(stack), on_stacks.ranks_of(tensor))
     if all(t.is_contiguous() for t in shards.values()):
         return tensor
     return _wrap({r: memory_order(t) for r, t in shards.items()})
@@ -95,7 +105,12 @@ def _allreduce_coalesced_(
         groups = apply.locate(targets[0], process_group)
         sources = [_reduced(t, reduce_op) for t in targets]
         op = sources[0][1]
-        results = apply.all_reduce_together([s for s, _ in sources], op, groups, what)
+        given = [s for s, _ in sources]
+        among = groups
+        found = [on_stacks.members_only(s, groups) for s in given]
+        if all(g == found[0][1] for _, g in found):  # else they are in both layouts
+            given, among = [s for s, _ in found], found[0][1]
+        results = apply.all_reduce_together(given, op, among, what)
         for target, result in zip(targets, results):
             apply.copy_into(target, result, groups.members, what)
     return completed_work(tensors)
@@ -116,7 +131,8 @@ def _reduce_(
     source, op = _reduced(tensor, reduce_op)
     apply.require_same_shape(source, groups, "reduce", slice(None))
     _check_root(root_rank, groups, "reduce")
-    result = apply.run(OPS.reduce.default, source, groups, apply.checked_op(op), root_rank)
+    source, among = on_stacks.members_only(source, groups)
+    result = apply.run(OPS.reduce.default, source, among, apply.checked_op(op), root_rank)
     apply.copy_into(tensor, result, groups.members, "reduce")
     return completed_work(tensors)
 
@@ -134,7 +150,8 @@ def _broadcast_(
     tensors: Any, process_group: Any, root_rank: int, root_tensor: int = 0, *_: Any, **__: Any
 ) -> Any:
     tensor, groups = _operand(tensors[root_tensor], process_group, "broadcast")
-    result = apply.broadcast(tensor, root_rank, groups, "broadcast")
+    source, among = on_stacks.members_only(tensor, groups)
+    result = apply.broadcast(source, root_rank, among, "broadcast")
     apply.copy_into(tensor, result, groups.members, "broadcast")
     return tensors, completed_work(tensors)
 
@@ -152,8 +169,13 @@ def _allgather_into(output: Any, input: Any, process_group: Any) -> None:
     what = "all_gather_into_tensor"
     tensor, groups = _operand(input, process_group, what)
     if len(tensor._size) == 0:
-        tensor = _wrap({r: t.reshape(1) for r, t in tensor._local_tensors.items()})
-    result = apply.all_gather(tensor, groups, what)
+        stack = stack_of(tensor._local_tensors)
+        if stack is not None:
+            tensor = _wrap_stacked(stack.unsqueeze(1), on_stacks.ranks_of(tensor))
+        else:
+            tensor = _wrap({r: t.reshape(1) for r, t in tensor._local_tensors.items()})
+    source, among = on_stacks.members_only(tensor, groups)
+    result = apply.all_gather(source, among, what)
     apply.copy_into(output, result, groups.members, what)
 
 
@@ -189,6 +211,11 @@ def _allgather_list(outputs: Any, input: Any, process_group: Any) -> None:
     what = "all_gather"
     tensor, groups = _operand(input, process_group, what)
     _check_count(outputs, groups, what, "output tensors")
+    if on_stacks.all_stacked((tensor, *outputs), on_stacks.ranks_of(tensor)):
+        rows = _wrap_stacked(tensor._stack.unsqueeze(1), on_stacks.ranks_of(tensor))
+        on_stacks.write_entries(outputs, on_stacks.on_entries("all_gather", rows, groups))
+        return
+    on_stacks.per_rank(what, (tensor, *outputs))
     shards = list(tensor._local_tensors.values())
     flat = iter(OPS.all_gather_list.default(shards, list(groups.positions), groups.size))
     _write_lists(outputs, flat, groups, what)
@@ -235,6 +262,10 @@ def _gather_(
     _check_root(root_rank, groups, what)
     outputs = output_tensors[0] if output_tensors else []
     _check_count(outputs, groups, what, "output tensors")
+    if on_stacks.all_stacked((tensor, *outputs), on_stacks.ranks_of(tensor)):
+        on_stacks.gather_into(outputs, tensor, root_rank, groups)
+        return completed_work(output_tensors)
+    on_stacks.per_rank(what, (tensor, *outputs))
     shards = list(tensor._local_tensors.values())
     flat = OPS.all_gather_list.default(shards, list(groups.positions), groups.size)
     for g, group in enumerate(groups.ranks):
@@ -257,7 +288,8 @@ def _reduce_scatter_into(output: Any, input: Any, process_group: Any, reduce_op:
     what = "reduce_scatter_tensor"
     tensor, groups = _operand(input, process_group, what)
     source, op = _reduced(tensor, reduce_op)
-    result = apply.reduce_scatter(source, op, groups, what)
+    source, among = on_stacks.members_only(source, groups)
+    result = apply.reduce_scatter(source, op, among, what)
     apply.copy_into(output, result, groups.members, what)
 
 
@@ -281,8 +313,15 @@ def _reduce_scatter_(
         sources = [_reduced(apply.local(t, what), reduce_op) for t in inputs]
         for k, (source, _op) in enumerate(sources):
             apply.require_same_shape(source, groups, f"{what} (input {k})", slice(None))
-        shards = [s._local_tensors[r] for r in output._local_tensors for s, _op in sources]
         op = apply.checked_op(sources[0][1])
+        given = [s for s, _op in sources]
+        if on_stacks.all_stacked((output, *given), on_stacks.ranks_of(output)):
+            joined = on_stacks.entries(given)
+            result = on_stacks.on_entries("reduce_scatter_list", joined, groups, op)
+            apply.copy_into(output, result, groups.members, what)
+            continue
+        on_stacks.per_rank(what, (output, *given))
+        shards = [s._local_tensors[r] for r in output._local_tensors for s in given]
         flat = iter(
             OPS.reduce_scatter_list.default(shards, op, list(groups.positions), groups.size)
         )
@@ -309,6 +348,12 @@ def _scatter_(
         )
     inputs = [apply.local(t, what) for t in input_tensors[0]]
     _check_count(inputs, groups, what, "input tensors")
+    if on_stacks.all_stacked((output, *inputs), on_stacks.ranks_of(output)):
+        joined = on_stacks.entries(inputs)
+        result = on_stacks.on_entries("scatter", joined, groups, root_rank)
+        apply.copy_into(output, result, groups.members, what)
+        return output_tensors, completed_work(output_tensors)
+    on_stacks.per_rank(what, (output, *inputs))
     position = {r: i for i, r in enumerate(output._local_tensors)}
     shards = [t._local_tensors[r] for r in position for t in inputs]
     flat = iter(OPS.all_to_all_list.default(shards, list(groups.positions), groups.size))
@@ -329,6 +374,13 @@ def _alltoall_(
     inputs = [apply.local(t, what) for t in input_tensors]
     _check_count(inputs, groups, what, "input tensors")
     _check_count(output_tensors, groups, what, "output tensors")
+    outputs = [apply.local(t, what) for t in output_tensors]
+    if on_stacks.all_stacked((*outputs, *inputs), on_stacks.ranks_of(first)):
+        joined = on_stacks.entries(inputs)
+        result = on_stacks.on_entries("all_to_all_single", joined, groups)
+        on_stacks.write_entries(outputs, result)
+        return output_tensors, completed_work(output_tensors)
+    on_stacks.per_rank(what, (*outputs, *inputs))
     shards = [t._local_tensors[r] for r in first._local_tensors for t in inputs]
     flat = iter(OPS.all_to_all_list.default(shards, list(groups.positions), groups.size))
     _write_lists(output_tensors, flat, groups, what)
@@ -347,7 +399,8 @@ def _alltoall_base_(
 ) -> Any:
     what = "all_to_all_single"
     tensor, groups = _operand(input, process_group, what)
-    result = apply.all_to_all_single(tensor, output_split_sizes, input_split_sizes, groups, what)
+    source, among = on_stacks.members_only(tensor, groups)
+    result = apply.all_to_all_single(source, output_split_sizes, input_split_sizes, among, what)
     apply.copy_into(output, result, groups.members, what)
     return completed_work([output])
 
@@ -365,6 +418,11 @@ def _monitored_barrier_(tensor: Any, process_group: Any, *_: Any, **__: Any) -> 
 
 @_handles("check_for_nan")
 def _check_for_nan(tensor: Any) -> None:
-    bad = {r: bool(t.isnan().any()) for r, t in tensor._local_tensors.items()}
+    shards = tensor._local_tensors
+    stack = stack_of(shards)
+    if stack is not None:
+        bad = dict(zip(shards, stack.isnan().flatten(1).any(1).tolist()))
+    else:
+        bad = {r: bool(t.isnan().any()) for r, t in shards.items()}
     if any(bad.values()):
         raise CollectiveError(f"check_for_nan found NaN: {per_rank_text(bad)}.")

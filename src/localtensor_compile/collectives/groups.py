@@ -8,6 +8,7 @@ its own stands for itself, and ranks outside it do not take part.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ class Groups:
     ranks: tuple[tuple[int, ...], ...]
     family: bool
 
-    @property
+    @functools.cached_property
     def members(self) -> set[int]:
         return {r for group in self.ranks for r in group}
 

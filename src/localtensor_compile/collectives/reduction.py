@@ -20,7 +20,7 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 
 # What a rank makes of its own data and of the fold it received. min and max are C++ std::min and
 # std::max, which keep the first operand where a comparison with NaN is false.
-_COMBINE: dict[str, Combine] = {
+COMBINE: dict[str, Combine] = {
     "sum": torch.add,
     "product": torch.mul,
     "min": lambda own, got: torch.where(got < own, got, own),
@@ -30,8 +30,8 @@ _COMBINE: dict[str, Combine] = {
     "bxor": torch.bitwise_xor,
 }
 _BITWISE = ("band", "bor", "bxor")
-_SUMS = {"avg": "sum", "premul_sum": "sum"}
-OPS = (*_COMBINE, *_SUMS)
+SUMS = {"avg": "sum", "premul_sum": "sum"}
+OPS = (*COMBINE, *SUMS)
 
 _FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool})
@@ -40,7 +40,7 @@ _COMPLEX = frozenset({torch.complex64, torch.complex128})
 # gloo's maxSegmentSize (gloo/allreduce.h, gloo/reduce.h).
 _MAX_SEGMENT = 1024 * 1024
 # Up to this many bytes in all shards the number of ops costs more than a copy of the data.
-_SMALL = 1024 * 1024
+SMALL = 1024 * 1024
 
 
 def legal(op: str, dtype: torch.dtype) -> str | None:
@@ -96,8 +96,9 @@ def reduce_shards(
     Raises:
         CollectiveError: shards that do not fit together, or an op that the dtype does not have.
     """
-    prepared, combine = _prepared(shards, op, order, factor)
-    return _finished(_fold(prepared, combine, order, op), shards, op, complex_parts)
+    data, combine = prepared(shards, op, order, factor)
+    total = _fold(data, combine, order, op)
+    return finished(total, shards[0].dtype, len(shards), op, complex_parts)
 
 
 def reduce_to_root(
@@ -115,13 +116,14 @@ def reduce_to_root(
 
     Args and errors as for `reduce_shards`.
     """
-    prepared, combine = _prepared(shards, op, order, factor)
-    if order == "gloo" and len(shards) > 1:
-        buffers = _ring_reduce(prepared, combine, root)
-        return [_finished(t, shards, op, complex_parts=False) for t in buffers]
+    data, combine = prepared(shards, op, order, factor)
+    dtype, size = shards[0].dtype, len(shards)
+    if order == "gloo" and size > 1:
+        buffers = _ring_reduce(data, combine, root)
+        return [finished(t, dtype, size, op, complex_parts=False) for t in buffers]
     result = [_contiguous_copy(t) for t in shards]
-    total = _fold(prepared, combine, order, op)
-    result[root] = _finished(total, shards, op, complex_parts=False)
+    total = _fold(data, combine, order, op)
+    result[root] = finished(total, dtype, size, op, complex_parts=False)
     return result
 
 
@@ -135,22 +137,32 @@ def memory_order(t: Tensor) -> Tensor:
         CollectiveError: `t` has gaps or overlaps. gloo would then read and write memory that does
             not belong to it.
     """
-    dims = sorted(range(t.dim()), key=lambda d: (-t.stride(d), t.shape[d] == 1))
-    ordered = t.permute(dims)
-    if not ordered.is_contiguous():
+    return memory_order_of_rows(t.unsqueeze(0)).squeeze(0)
+
+
+def memory_order_of_rows(stack: Tensor) -> Tensor:
+    """`memory_order` of each row of a stack [ranks, *local]: a view [ranks, elements]."""
+    stride, shape = stack.stride()[1:], stack.shape[1:]
+    dims = sorted(range(len(shape)), key=lambda d: (-stride[d], shape[d] == 1))
+    ordered = stack.permute(0, *[1 + d for d in dims])
+    if not ordered[0].is_contiguous():
         raise CollectiveError(
-            f"a tensor of shape {tuple(t.shape)} and strides {tuple(t.stride())} has gaps or "
+            f"a tensor of shape {tuple(shape)} and strides {tuple(stride)} has gaps or "
             "overlaps in memory, which an in-place collective of gloo would write into. "
             "Use tensor.contiguous()."
         )
-    return ordered.view(-1)
+    return ordered.flatten(1) if len(dims) else ordered.unsqueeze(1)
 
 
 # ---------------------------------------------------------------- before and after
-def _prepared(
+def prepared(
     shards: Sequence[Tensor], op: str, order: str, factor: Any
 ) -> tuple[list[Tensor], Combine]:
-    """The shards as real numbers or integers that can be combined one by one."""
+    """The shards as real numbers or integers, and how two of them combine.
+
+    Raises:
+        CollectiveError: as reduce_shards.
+    """
     if order not in ORDERS:
         raise CollectiveError(f"unknown reduction order {order!r}. Use {' or '.join(ORDERS)}.")
     if not shards:
@@ -164,12 +176,12 @@ def _prepared(
         )
     reason = legal(op, dtype)
     if op == "premul_sum":
-        shards = [t * f for t, f in zip(shards, _factors(shards, factor))]
+        shards = [t * f for t, f in zip(shards, factors_of(shards, factor))]
     elif reason is not None:
         raise CollectiveError(f"{reason}. Convert the tensor, or use another op.")
     elif factor is not None:
         raise CollectiveError(f"a factor belongs to premul_sum, not to {op}.")
-    combine = _COMBINE[_SUMS.get(op, op)]
+    combine = COMBINE[SUMS.get(op, op)]
     if dtype in _COMPLEX:
         return [torch.view_as_real(t.resolve_conj()) for t in shards], combine
     if dtype is torch.bool:  # gloo takes bool as uint8
@@ -177,7 +189,12 @@ def _prepared(
     return list(shards), combine
 
 
-def _factors(shards: Sequence[Tensor], factor: Any) -> Iterable[Tensor]:
+def factors_of(shards: Sequence[Tensor], factor: Any) -> list[Tensor]:
+    """The factor of premul_sum of each shard, as a tensor of no dimensions.
+
+    Raises:
+        CollectiveError: no floating point numbers, or another number of factors than of shards.
+    """
     dtype = shards[0].dtype
     if dtype not in _FLOATS | _COMPLEX:
         raise CollectiveError(f"ReduceOp.PREMUL_SUM needs floating point numbers, not {dtype}.")
@@ -193,8 +210,8 @@ def _factors(shards: Sequence[Tensor], factor: Any) -> Iterable[Tensor]:
     ]
 
 
-def _finished(total: Tensor, shards: Sequence[Tensor], op: str, complex_parts: bool) -> Tensor:
-    dtype, size = shards[0].dtype, len(shards)
+def finished(total: Tensor, dtype: torch.dtype, size: int, op: str, complex_parts: bool) -> Tensor:
+    """The result of an op over `size` shards of `dtype`, from their total."""
     if dtype is torch.bool:
         return total.ne(0)
     if dtype not in _COMPLEX:
@@ -224,8 +241,8 @@ def _fold(shards: Sequence[Tensor], combine: Combine, order: str, op: str) -> Te
         return total.contiguous()
     element_size, shape = shards[0].element_size(), shards[0].shape
     flat = [t.reshape(-1) for t in shards]
-    chunk = _all_reduce_chunk(count, element_size, size)
-    if size * count * element_size <= _SMALL:
+    chunk = all_reduce_chunk(count, element_size, size)
+    if size * count * element_size <= SMALL:
         return _ring_few_ops(flat, combine, chunk).view(shape)
     return torch.cat([partial[-1] for partial in _ring(flat, combine, chunk)]).view(shape)
 
@@ -256,7 +273,7 @@ def _ring_few_ops(flat: Sequence[Tensor], combine: Combine, chunk: int) -> Tenso
     return total.view(-1)[:count]
 
 
-def _all_reduce_chunk(count: int, element_size: int, size: int) -> int:
+def all_reduce_chunk(count: int, element_size: int, size: int) -> int:
     """Elements of a chunk: `ring` of gloo/allreduce.cc."""
     total = count * element_size
     limit = _MAX_SEGMENT // element_size * element_size
@@ -274,12 +291,7 @@ def _ring_reduce(shards: Sequence[Tensor], combine: Combine, root: int) -> list[
     size, count, shape = len(shards), shards[0].numel(), shards[0].shape
     if count == 0:
         return [_contiguous_copy(t) for t in shards]
-    element_size = shards[0].element_size()
-    total = count * element_size
-    limit = _MAX_SEGMENT // element_size * element_size
-    segment = _round_up(min(-(-total // (2 * size)), limit), element_size)
-    segments = _round_up(max(-(-total // segment), 2 * size), size) // size
-    chunk, surplus = (n * segment // element_size for n in (segments, segments - 2))
+    chunk, surplus = reduce_chunk(count, shards[0].element_size(), size)
     pieces: list[list[Tensor]] = [[] for _ in shards]
     for c, folds in enumerate(_ring([t.reshape(-1) for t in shards], combine, chunk)):
         first, last = folds[0], folds[-1]
@@ -290,6 +302,15 @@ def _ring_reduce(shards: Sequence[Tensor], combine: Combine, root: int) -> list[
             rank = (c - k) % size
             pieces[rank].append(last if rank == root else fold)
     return [torch.cat(p).view(shape) for p in pieces]
+
+
+def reduce_chunk(count: int, element_size: int, size: int) -> tuple[int, int]:
+    """Elements of a chunk of gloo/reduce.cc, and how many of them it sends once too often."""
+    total = count * element_size
+    limit = _MAX_SEGMENT // element_size * element_size
+    segment = _round_up(min(-(-total // (2 * size)), limit), element_size)
+    segments = _round_up(max(-(-total // segment), 2 * size), size) // size
+    return segments * segment // element_size, (segments - 2) * segment // element_size
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..collectives import ops
+from ..collectives import ops, stacked_ops
 from ..collectives.ops import OPS, chunks, settings
 from ..collectives.reduction import reduce_shards
 from ..stacked import row_ops
@@ -65,7 +65,8 @@ def register() -> None:
     """Put the decompositions into Inductor's table."""
     from torch._inductor.decomposition import decompositions
 
-    for op, decomposition in {**_DECOMPOSITIONS, **row_ops.DECOMPOSITIONS}.items():
+    own = {**_DECOMPOSITIONS, **row_ops.DECOMPOSITIONS, **stacked_ops.DECOMPOSITIONS}
+    for op, decomposition in own.items():
         decompositions.setdefault(op, decomposition)
 
 

@@ -23,11 +23,13 @@ from .._torch import (
 )
 from ..errors import PlainTensorError, UnsupportedError
 from ..values.ranked import per_rank_values, pick_tree
+from ..values.stack import StackedRanks
 from ..values.tensor import LocalTensor, _checked_shards, _wrap
 from . import whole_draws
 from .draws import Draw, traced_generator_error
 from .generators import CPU, current, is_default
 from .random_nodes import NODES, RANDPERM, Node
+from .stacked_nodes import stacked_factory
 
 aten = torch.ops.aten
 Ranks = tuple[int, ...]
@@ -60,12 +62,13 @@ def random_factory(func: Any, ranks: Collection[int], args: Args, kwargs: Kwargs
             "plain tensor. Leave out= away, or pass a LocalTensor."
         )
     refuse_in_vmap(func)
+    stacked = type(ranks) is StackedRanks
     ranks = tuple(sorted(ranks))
     whole = whole_draws.active()
     if whole is not None:  # torch.distributed.tensor.rand and randn
         return whole.keep_pieces(lambda: random_factory(func, ranks, (whole.shape,), kwargs))
     if tracing_active():
-        return _traced(func, ranks, args, kwargs)
+        return _traced(func, ranks, args, kwargs, stacked)
     return _eager(func, ranks, args, kwargs)
 
 
@@ -123,7 +126,7 @@ def _holds_rank_number(values: Any) -> bool:
     )
 
 
-def _traced(func: Any, ranks: Ranks, args: Args, kwargs: Kwargs) -> LocalTensor:
+def _traced(func: Any, ranks: Ranks, args: Args, kwargs: Kwargs, stacked: bool) -> LocalTensor:
     kwargs = dict(kwargs)
     name = f"torch.{func.__name__}"
     generator = kwargs.pop("generator", None)
@@ -140,6 +143,10 @@ def _traced(func: Any, ranks: Ranks, args: Args, kwargs: Kwargs) -> LocalTensor:
     device = torch.get_default_device() if device is None else torch.device(device)
     dtype = kwargs.pop("dtype", None)
     node, size, values, default_dtype = _FORMS[func](*args, **kwargs)
+    if stacked:
+        shards = stacked_factory(node, ranks, size, dtype or default_dtype, device, values)
+        if shards is not None:
+            return _wrap(shards)
     sizes = [pick_tree(list(size), r) for r in ranks]
     drawn = node.emit_fill(ranks, sizes, None, dtype or default_dtype, device, values)
     return _wrap(dict(zip(ranks, drawn)))

@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ _FILL = ("SymInt[] sizes", "SymInt[] strides", "ScalarType dtype", "Device devic
 
 
 class Node:
-    """One localtensor_random op.
+    """One localtensor_random op, with a tensor per rank in and out (see StackedNode).
 
     Args:
         name: of the op, without the version.
@@ -74,6 +74,9 @@ class Node:
         fills: whether `func` writes its first argument, which is not among `arguments`.
         outputs: for an op that returns more than tensors, which of its results are tensors.
     """
+
+    kinds = _TYPES
+    suffix = VERSION
 
     def __init__(
         self,
@@ -86,13 +89,13 @@ class Node:
         self.func = func
         self.draw = Draw(func)
         self.arguments = list(arguments)
-        self.types = [_TYPES[str(a.type)] for a in arguments]
+        self.types = [self.kinds[str(a.type)] for a in arguments]
         self.fills = fills
         self.outputs = outputs
         declared = ["int[] ranks", "int call", "Tensor? after", *(_FILL if fills else ())]
         # Positional names of our own: generated code breaks on an argument called "from".
         declared += [f"{t} arg{i}" for i, t in enumerate(self.types)]
-        name = f"{name}_{VERSION}"
+        name = f"{name}_{self.suffix}"
         library.define(f"{name}({', '.join(declared)}) -> Tensor[]", tags=_TAGS)
         library.impl(name, self._kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", self._fake, lib=library)
@@ -101,7 +104,7 @@ class Node:
         random_lowering.run_in_call_order(self.op)
 
     @classmethod
-    def of(cls, func: Any, outputs: tuple[int, ...] | None = None) -> Node:
+    def of(cls, func: Any, outputs: tuple[int, ...] | None = None) -> Self:
         """The node of an aten overload."""
         schema = func._schema
         arguments = [a for a in schema.arguments if "Generator" not in str(a.type)]
@@ -131,10 +134,13 @@ class Node:
         memory = [flat_sizes, flat_strides, dtype, device]
         return self._call(ranks, memory + self._columns(ranks, values))[0]
 
-    def _call(self, ranks: Sequence[int], rest: Sequence[Any]) -> list[list[Any]]:
+    def _call(self, ranks: Sequence[int], rest: Sequence[Any]) -> list[Any]:
         random_lowering.register_if_inductor_is_loaded()
         with _kept_in_place(self.op):
             flat = self.op(list(ranks), _call_number(), None, *rest)
+        return self._outputs(ranks, flat)
+
+    def _outputs(self, ranks: Sequence[int], flat: Sequence[Tensor]) -> list[Any]:
         outputs = len(flat) // len(ranks)
         return [flat[i::outputs] for i in range(outputs)]
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from .._torch import tracing_active
 from ..errors import UnsupportedError
 from ..values.op_table import Handler, add_rule, handler_of
+from ..values.stack import ShardsOfStack
 from ..values.tensor import LocalTensor, _wrap
 from .draws import Draw, traced_generator_error
 from .generators import is_default
@@ -25,6 +26,7 @@ from .per_rank import OpPlan, run_per_rank
 from .random_factories import RANDOM_FACTORIES as RANDOM_FACTORIES
 from .random_factories import random_factory as random_factory
 from .random_nodes import NODES
+from .stacked_nodes import stacked_draws, stacked_fill
 from .whole_draws import active, draw_pieces
 
 aten = torch.ops.aten
@@ -206,6 +208,9 @@ def _fill(func: Any) -> Traced:
     def traced(ranks: tuple[int, ...], values: Values) -> Any:
         target = values[func._schema.arguments[0].name]
         drawn = _drawn_like(node, target, ranks, values)
+        if isinstance(drawn, ShardsOfStack):
+            target._local_tensors.stack.copy_(drawn.stack)
+            return target
         for shard, fresh in zip(target._local_tensors.values(), drawn):
             shard.copy_(fresh)
         return target
@@ -224,7 +229,11 @@ def _functional_form(inplace: Any) -> Traced:
     return traced
 
 
-def _drawn_like(node: Any, like: LocalTensor, ranks: tuple[int, ...], values: Values) -> list[Any]:
+def _drawn_like(node: Any, like: LocalTensor, ranks: tuple[int, ...], values: Values) -> Any:
+    """A tensor per rank, or one stack of them."""
+    stacked = stacked_fill(node, like, [values[a.name] for a in node.arguments])
+    if stacked is not None:
+        return stacked
     shards = like._local_tensors.values()
     return node.emit_fill(
         ranks,
@@ -240,7 +249,8 @@ def _functional(func: Any) -> Traced:
     node = NODES[func]
 
     def traced(ranks: tuple[int, ...], values: Values) -> Any:
-        outputs = node.emit(ranks, [values[a.name] for a in node.arguments])
+        given = [values[a.name] for a in node.arguments]
+        outputs = stacked_draws(node, ranks, given) or node.emit(ranks, given)
         results = [_local(ranks, tensors) for tensors in outputs]
         if node.outputs is None:
             return results[0] if len(results) == 1 else tuple(results)
@@ -378,7 +388,9 @@ _SPECIAL: dict[Any, Traced] = {
 }
 
 
-def _local(ranks: tuple[int, ...], tensors: Sequence[Any]) -> LocalTensor:
+def _local(ranks: tuple[int, ...], tensors: Any) -> LocalTensor:
+    if isinstance(tensors, ShardsOfStack):
+        return _wrap(tensors)
     return _wrap(dict(zip(ranks, tensors)))
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..values.rank_node import is_ranked, value_on_rank
+from ..values.ranked import pick_tree
 from ..values.stack import ShardsOfStack
-from ..values.tensor import LocalTensor, _wrap_stacked
+from ..values.tensor import LocalTensor, _wrap, _wrap_stacked
+from . import counts
 from .row_ops import step_of
 from .run import Ranks, aliased, plan_of, rule
 
@@ -83,10 +85,24 @@ def _as_strided(func: Any, ranks: Ranks, args: Any, kwargs: Any) -> Any:
     x, size, stride, offset = _strided(*args, **kwargs)
     rows = None if any(is_ranked(n) for n in (*size, *stride)) else _rows(x, ranks, offset)
     if rows is None:
-        return NotImplemented
+        counts.went_per_rank(str(func), "the ranks' views are not alike")
+        return aliased(plan_of(func), args, kwargs, _wrap(_each_row(func, x, size, stride, offset)))
     stack = _stack(x)
     out = func(stack, [stack.shape[0], *size], [rows.stride, *stride], rows.offset)
     return aliased(plan_of(func), args, kwargs, _wrap_stacked(out, ranks, shift=rows.shift))
+
+
+def _each_row(func: Any, x: LocalTensor, size: Any, stride: Any, offset: Any) -> dict[int, Tensor]:
+    """{rank: view of its row}. torch counts offsets from where the memory of the stack begins."""
+    held: Any = x._local_tensors
+    pitch = held.stack.stride(0) - held.shift
+    found = {}
+    for i, (rank, row) in enumerate(held.items()):
+        own_size, own_stride, own_offset = pick_tree((list(size), list(stride), offset), rank)
+        if own_offset is not None:
+            own_offset = own_offset + i * pitch
+        found[rank] = func(row, own_size, own_stride, own_offset)
+    return found
 
 
 class _Rows(NamedTuple):
@@ -121,7 +137,10 @@ def _as_strided_(func: Any, ranks: Ranks, args: Any, kwargs: Any) -> Any:
     x, size, stride, offset = _strided(*args, **kwargs)
     rows = None if any(is_ranked(n) for n in (*size, *stride)) else _rows(x, ranks, offset)
     if rows is None:
-        return NotImplemented
+        counts.went_per_rank(str(func), "the ranks' views are not alike")
+        x._local_tensors = _each_row(aten.as_strided.default, x, size, stride, offset)
+        x._sync_meta()
+        return x
     stack = _stack(x)
     stack.as_strided_([stack.shape[0], *size], [rows.stride, *stride], rows.offset)
     x._local_tensors = ShardsOfStack(stack, ranks, rows.shift)
@@ -133,15 +152,23 @@ def _as_strided_(func: Any, ranks: Ranks, args: Any, kwargs: Any) -> Any:
 def _as_strided_scatter(func: Any, ranks: Ranks, args: Any, kwargs: Any) -> Any:
     x, source, size, stride, *rest = args
     offset = rest[0] if rest else kwargs.get("storage_offset")
-    stack = _stack(x) if type(x) is LocalTensor else None
-    if stack is None or type(source) is not LocalTensor or not stack.is_contiguous():
+    if type(x) is not LocalTensor or type(source) is not LocalTensor:
         return NotImplemented
-    rows = None if any(is_ranked(n) for n in (*size, *stride)) else _rows(x, ranks, offset)
+    stack = _stack(x)
+    rows = None
+    if stack.is_contiguous() and not any(is_ranked(n) for n in (*size, *stride)):
+        rows = _rows(x, ranks, offset)
     if rows is None:
-        return NotImplemented
+        counts.went_per_rank(str(func), "the ranks' views are not alike")
+        sources = source._local_tensors
+
+        def scatter(row: Tensor, *place: Any) -> Tensor:
+            return func(row, next(each), *place).clone()
+
+        each = iter([sources[r] for r in x._local_tensors])
+        return _wrap(_each_row(scatter, x, size, stride, offset))
     place = [stack.shape[0], *size], [rows.stride, *stride], rows.offset
-    out = func(stack, _stack(source), *place)
-    return _wrap_stacked(out, ranks)
+    return _wrap_stacked(func(stack, _stack(source), *place), ranks)
 
 
 # ---------------------------------------------------------------- other memory

@@ -24,7 +24,7 @@ from ..values.rank_node import LocalNode, is_ranked
 from ..values.ranked import per_rank_values
 from ..values.stack import ShardsOfStack
 from ..values.tensor import LocalTensor, _wrap_stacked
-from . import counts
+from . import counts, fsdp
 from .layout import can_join, expanded, join, wrap
 
 aten = torch.ops.aten
@@ -89,6 +89,8 @@ class _Plan(OpPlan):
             # to(), reshape(): a view or a copy, as the ops that they consist of find out.
             self.leave = True
             return
+        if func.namespace == "fsdp" and str(func) in fsdp.BY_NAME:
+            RULES[func] = fsdp.BY_NAME[str(func)]
         tags, schema = func.tags, func._schema
         self.outs = tuple(a.name for a in schema.arguments if a.is_out)
         elementwise = torch.Tag.pointwise in tags and schema.name not in _NOT_ELEMENTWISE

@@ -129,6 +129,11 @@ def own_chunk(tensor: Tensor, dim: int, parts: int, index: Any) -> Tensor:
     return tensor.narrow(dim, index * length, length).clone()
 
 
+def own_even_chunk(tensor: Tensor, dim: int, parts: int, index: Any) -> Any:
+    """`own_chunk`, or NotImplemented where the chunks differ in size."""
+    return own_chunk(tensor, dim, parts, index) if _evenly(tensor, dim, parts) else NotImplemented
+
+
 def own_strided_chunk(tensor: Tensor, dim: int, factor: int, parts: int, index: Any) -> Tensor:
     """Of each of `factor` equal pieces chunk number `index`, joined; fresh memory."""
     cut = tensor.unflatten(dim, (factor, tensor.shape[dim] // factor))

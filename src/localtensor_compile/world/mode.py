@@ -89,7 +89,7 @@ class LocalTensorMode:
             )
         self.reduction = reduction
         self.layout = layout
-        self.stacked = layout == "stacked" or (layout == "auto" and len(self.ranks) >= _MANY)
+        self.stacked = is_stacked_layout(layout, len(self.ranks))
         self._counted = counts.snapshot()
         self.sharding_independent_rng = sharding_independent_rng
         self._disable = True
@@ -182,6 +182,11 @@ class LocalTensorMode:
     def _on_rank(self, rank: int, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with Disabled(self), self._rng.on_rank(rank):
             return fn(*args, **kwargs)
+
+
+def is_stacked_layout(layout: str, world_size: int) -> bool:
+    """Whether a mode of this layout and number of ranks makes stacked LocalTensors."""
+    return layout == "stacked" or (layout == "auto" and world_size >= _MANY)
 
 
 class Disabled:

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
+from ...stacked import sharding
+from ...stacked.layout import is_stacked
 from ...values.rank_node import is_ranked, value_on_rank
+from ...values.stack import ShardsOfStack
 from ...values.tensor import LocalTensor, _wrap
 from ..state import enabled_local_tensor_mode
 
@@ -40,8 +43,9 @@ def _on_shards(original: Any) -> Any:
     def resize(tensor: Any) -> None:
         if not isinstance(tensor, LocalTensor):
             return original(tensor)
-        for shard in tensor._local_tensors.values():
-            original(shard)
+        held = tensor._local_tensors
+        for memory in [held.stack] if type(held) is ShardsOfStack else held.values():
+            original(memory)
 
     return resize
 
@@ -49,13 +53,18 @@ def _on_shards(original: Any) -> Any:
 class _Chunks(list[Any]):
     """The chunks of a parameter; `chunks[own rank]` is each rank's own."""
 
-    def __init__(self, chunks: list[Any], dim: int) -> None:
+    def __init__(self, chunks: list[Any], dim: int, whole: Any) -> None:
         super().__init__(chunks)
         self.dim = dim
+        self.whole = whole
 
     def __getitem__(self, index: Any) -> Any:
         if not is_ranked(index):
             return super().__getitem__(index)
+        if is_stacked(self.whole):
+            own = sharding.own_even_chunk(self.whole, self.dim, len(self), index)
+            if own is not NotImplemented:
+                return own
         whole = super().__getitem__(0)
         ranks = tuple(index.node._values)
         shards = {}
@@ -82,7 +91,7 @@ def _chunk_with_empty(original: Any) -> Any:
     @functools.wraps(original)
     def chunk_with_empty(tensor: Any, num_chunks: int, dim: int) -> Any:
         chunks = original(tensor, num_chunks, dim)
-        return chunks if enabled_local_tensor_mode() is None else _Chunks(chunks, dim)
+        return chunks if enabled_local_tensor_mode() is None else _Chunks(chunks, dim, tensor)
 
     return chunk_with_empty
 
