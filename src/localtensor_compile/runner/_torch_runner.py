@@ -109,7 +109,9 @@ def _backend(new_group: NewGroup) -> Iterator[None]:
     finally:
         delattr(backend, BACKEND.upper())
         for table, content in before.items():
-            setattr(backend, table, content)
+            held = getattr(backend, table)
+            held.clear()
+            (held.update if isinstance(held, dict) else held.extend)(content)
 
 
 def _replacements() -> Iterator[tuple[Any, str, Any]]:
