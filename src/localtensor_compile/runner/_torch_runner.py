@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -174,6 +175,12 @@ def _group_helper(original: Any) -> Any:
     ) -> Any:
         if current_rank() is None or backend == c10d.Backend.FAKE:
             return original(size, rank, ranks, backend, store, *args, **kwargs)
+        if "nccl" in str(backend) and not ranks and current_rank() == 0:
+            warnings.warn(
+                "backend nccl between ranks in threads: its collectives are computed as gloo's, "
+                "on the CPU, and sums are added up in gloo's order",
+                stacklevel=5,
+            )
         kwargs.pop("backend_options", None)
         kwargs.pop("device_id", None)
         group, prefix = original(size, rank, ranks, BACKEND, store, *args, **kwargs)
