@@ -242,6 +242,8 @@ class ExistingGroups:
             mine = make(name, tuple(ranks_of[group]))
             mine._set_group_desc(group.group_desc)
             tag = self._tables["_pg_to_tag"][group]
+            # The original too, so that c10d's log can name it when its use is refused.
+            c10d._pg_map[group] = self._tables["_pg_map"][group]
             c10d._pg_map[mine] = self._tables["_pg_map"][group]
             c10d._pg_names[mine] = name
             c10d._pg_group_ranks[mine] = ranks_of[group]
