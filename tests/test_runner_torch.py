@@ -105,6 +105,7 @@ def test_tensor_parallel(eager_parallel):
             torch.testing.assert_close(found, one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_tensor_parallel(backend, eager_parallel):
     out = run(lambda rank: tensor_parallel(rank, backend), seed=2)

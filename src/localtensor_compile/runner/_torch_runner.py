@@ -244,6 +244,7 @@ class ExistingGroups:
             tag = self._tables["_pg_to_tag"][group]
             # The original too, so that c10d's log can name it when its use is refused.
             c10d._pg_map[group] = self._tables["_pg_map"][group]
+            c10d._pg_group_ranks[group] = ranks_of[group]
             c10d._pg_map[mine] = self._tables["_pg_map"][group]
             c10d._pg_names[mine] = name
             c10d._pg_group_ranks[mine] = ranks_of[group]
