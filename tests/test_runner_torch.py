@@ -315,6 +315,15 @@ def test_shapes_that_do_not_fit_name_all_calls():
     )
 
 
+def test_a_dtensor_is_no_memory():
+    def fn(rank):
+        mesh = init_device_mesh("cpu", (2,))
+        dist.all_reduce(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+
+    with pytest.raises(lt.CollectiveError, match="got a DTensor, which is no memory that can be"):
+        run(fn, 2)
+
+
 def test_a_local_tensor_of_one_rank():
     def fn(rank):
         dist.send(lt.LocalTensor({0: torch.ones(1), 1: torch.ones(1)}), 1 - rank)
