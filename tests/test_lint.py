@@ -380,7 +380,7 @@ groups (hang): the new group number 1 has ranks [0, 1] on rank 0, [0, 1, 2] on r
     ranks 1-2  lint_programs.py:+3: group = dist.new_group([0, 1] ..ank == 0 else [0, 1, 2])  # !
                new_group([0, 1, 2])
     On a cluster: torch numbers groups by the order in which a rank makes them: these have one
-        name and different ranks. Making them, or their first collective, waits for ever.
+        name and different ranks. Making them, or their first collective, waits for ever or fails.
     Change: call new_group on every rank, for all groups, in the same order with the same ranks,
         also for groups that the rank is not in.""",
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -127,7 +128,9 @@ def _backend(new_group: NewGroup) -> Iterator[None]:
     finally:
         delattr(backend, BACKEND.upper())
         for table, content in before.items():
-            setattr(backend, table, content)
+            held = getattr(backend, table)
+            held.clear()
+            (held.update if isinstance(held, dict) else held.extend)(content)
 
 
 def _replacements() -> Iterator[tuple[Any, str, Any]]:
@@ -194,6 +197,12 @@ def _group_helper(original: Any) -> Any:
         for observer in _group_observers:
             description = kwargs.get("group_desc") or ""
             observer(current_rank() or 0, str(name), tuple(ranks), description)
+        if "nccl" in str(backend) and not ranks and current_rank() == 0:
+            warnings.warn(
+                "backend nccl between ranks in threads: its collectives are computed as gloo's, "
+                "on the CPU, and sums are added up in gloo's order",
+                stacklevel=5,
+            )
         kwargs.pop("backend_options", None)
         kwargs.pop("device_id", None)
         group, prefix = original(size, rank, ranks, BACKEND, store, *args, **kwargs)
@@ -255,6 +264,9 @@ class ExistingGroups:
             mine = make(name, tuple(ranks_of[group]))
             mine._set_group_desc(group.group_desc)
             tag = self._tables["_pg_to_tag"][group]
+            # The original too, so that c10d's log can name it when its use is refused.
+            c10d._pg_map[group] = self._tables["_pg_map"][group]
+            c10d._pg_group_ranks[group] = ranks_of[group]
             c10d._pg_map[mine] = self._tables["_pg_map"][group]
             c10d._pg_names[mine] = name
             c10d._pg_group_ranks[mine] = ranks_of[group]

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .._torch import no_modes
+from .._torch import AsyncCollectiveTensor, no_modes
 from ..collectives import c10d
 from ..collectives.groups import Groups
 from ..collectives.reduction import memory_order
@@ -62,6 +63,11 @@ def _plain(tensor: Tensor) -> Tensor:
         raise CollectiveError(
             f"a collective of a {tensor.layout} tensor between ranks is not simulated. Use "
             "tensor.to_dense()."
+        )
+    if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, AsyncCollectiveTensor):
+        raise CollectiveError(
+            f"a collective between ranks got a {type(tensor).__name__}, which is no memory that "
+            "can be sent. Use its local tensor, such as dtensor.to_local()."
         )
     # Not detach(): what a process group writes is not seen by autograd's version counters.
     return tensor.data if type(tensor) is Tensor else tensor.detach().as_subclass(Tensor)

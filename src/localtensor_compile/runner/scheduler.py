@@ -45,6 +45,10 @@ class OnSwitch(Protocol):
         """Why no other rank may run now, or None."""
 
 
+POLLS = 1000
+"""So often a rank may poll in a row while nobody else can run (and for `Scheduler.patience`)."""
+
+
 class Task:
     """One rank's thread."""
 
@@ -56,6 +60,7 @@ class Task:
         self.done = False
         self.started = False
         self.away = False
+        self.polls, self.polling_since = 0, 0.0
         self.result: Any = None
         self.error: BaseException | None = None
 
@@ -117,6 +122,7 @@ class Scheduler:
         self._switched = time.monotonic()
         self.switches = 0
         self.report_when_stopped = ""
+        self.patience = 5.0
 
     # ---- called by the caller's thread
     def run(self, fn: Callable[[int], Any]) -> dict[int, Any]:
@@ -224,6 +230,7 @@ class Scheduler:
     def pause(self) -> None:
         """A place where another rank may run: with a seed, whoever is drawn goes on."""
         task = self._own()
+        task.polls = 0
         self._require_running()
         if self._draw is not None and self._pinned() is None:
             self._switch(task)
@@ -232,9 +239,24 @@ class Scheduler:
     def give_way(self) -> None:
         """Let every other rank that can run have a turn: for ranks that poll."""
         task = self._own()
+        before = self.switches
         if self._pinned() is None:
             self._switch(task, others=True)
+        if self.switches == before:
+            self._polled_in_vain(task)
+        else:
+            task.polls = 0
         self._require_running()
+
+    def _polled_in_vain(self, task: Task) -> None:
+        """Nobody else can run: a rank that keeps polling without another call never ends."""
+        now = time.monotonic()
+        if task.polls == 0:
+            task.polling_since = now
+        task.polls += 1
+        if task.polls >= POLLS and now - task.polling_since >= self.patience:
+            alive = [t for t in self.tasks.values() if not t.done]
+            self.stop(RunnerDeadlock(self._deadlock_text(alive)))
 
     def check_running(self) -> None:
         """Raise RankStopped if the run is being stopped."""
@@ -367,7 +389,8 @@ class Scheduler:
             elif task.wait is not None:
                 state = f"waits in {task.wait.text()}"
             elif task is self._running:
-                state = f"runs {where_thread_is(task.thread)}"
+                verb = "polls" if task.polls else "runs"
+                state = f"{verb} {where_thread_is(task.thread)}"
             else:
                 state = "could run"
             lines.append(f"  rank {rank} {state}")

@@ -116,8 +116,7 @@ class Logging:
         self._shared = set(logging.root.manager.loggerDict)
 
     def fresh(self, rank: int) -> dict[str, Any]:
-        root = logging.root
-        return {"": ([*root.handlers], root.level, root.disabled, root.propagate)}
+        return {"": ([], logging.WARNING, False, True)}
 
     def get(self) -> dict[str, Any]:
         names = logging.root.manager.loggerDict.keys() - self._shared

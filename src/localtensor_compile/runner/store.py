@@ -16,6 +16,8 @@ class _Keys:
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.values: dict[str, bytes] = {}
+        # torch's C++ keeps a store alive, but not the Python part of it.
+        self.clients: list[RunnerStore] = []
 
 
 class _WaitsForKeys:
@@ -36,6 +38,7 @@ class RunnerStore(dist.Store):
     def __init__(self, keys: _Keys) -> None:
         super().__init__()
         self._keys = keys
+        keys.clients.append(self)
         self._timeout = timedelta(minutes=30)
 
     @classmethod

@@ -94,7 +94,7 @@ def _groups(calls: Sequence[Call]) -> Finding | None:
         f"the new group number {number + 1} has ranks {ranks_in_words(members)}",
         places_of(calls),
         "torch numbers groups by the order in which a rank makes them: these have one name and "
-        "different ranks. Making them, or their first collective, waits for ever.",
+        "different ranks. Making them, or their first collective, waits for ever or fails.",
         "call new_group on every rank, for all groups, in the same order with the same ranks, "
         "also for groups that the rank is not in.",
     )
