@@ -491,3 +491,11 @@ def test_mesh_is_built_inside():
             mesh.get_local_rank()
         with pytest.raises(KeyError, match="mesh_dim 'pp' is not one of"):
             mesh.get_local_rank("pp")
+
+
+@pytest.mark.parametrize("layout", ["per_rank", "stacked"])
+def test_premul_sum_without_its_factor(layout):
+    with LocalTensorMode(2, layout=layout):
+        op = dist._make_nccl_premul_sum(2.0)
+        with pytest.raises(CollectiveError, match=r"PREMUL_SUM arrives here without its factor"):
+            dist.all_reduce(torch.ones(2), op=op)

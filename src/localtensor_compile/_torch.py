@@ -154,7 +154,10 @@ def completed_work(result: Any) -> Any:
 
 
 def reduce_op_of(reduce_op: Any) -> tuple[str, Any]:
-    """The name of a (boxed) ReduceOp in lower case, and the factor of PREMUL_SUM (else None)."""
+    """The name of a ReduceOp in lower case, and the factor of PREMUL_SUM (else None).
+
+    As it arrives at an op it is boxed, and nothing tells the factor of a boxed one.
+    """
     from torch.distributed import ReduceOp
 
     if isinstance(reduce_op, str):
@@ -164,7 +167,7 @@ def reduce_op_of(reduce_op: Any) -> tuple[str, Any]:
     name = next(n for n in _REDUCE_OPS if int(getattr(ReduceOp, n)) == int(kind))
     if name != "PREMUL_SUM":
         return name.lower(), None
-    return name.lower(), reduce_op.factor() if boxed else reduce_op.factor
+    return name.lower(), None if boxed else reduce_op.factor
 
 
 _REDUCE_OPS = ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR", "PREMUL_SUM")

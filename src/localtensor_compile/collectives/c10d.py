@@ -55,6 +55,11 @@ def _operand(tensor: Any, group: Any, what: str) -> tuple[LocalTensor, Groups]:
 def _reduced(tensor: LocalTensor, reduce_op: Any) -> tuple[LocalTensor, str]:
     """The tensor and op name with PREMUL_SUM written out: each rank's data times the factor."""
     op, factor = reduce_op_of(reduce_op)
+    if op == "premul_sum" and factor is None:
+        raise CollectiveError(
+            "ReduceOp.PREMUL_SUM arrives here without its factor, and gloo does not have it. "
+            "Multiply the tensor by the factor and use ReduceOp.SUM."
+        )
     if op != "premul_sum":
         return tensor, op
     stack = stack_of(tensor._local_tensors)

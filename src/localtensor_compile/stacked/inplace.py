@@ -118,7 +118,7 @@ def _rows(x: LocalTensor, ranks: Ranks, offset: Any) -> _Rows | None:
     held: Any = x._local_tensors
     if offset is None:
         return _Rows(None, held.stack.stride(0), held.shift)
-    shift: int | None = 0
+    shift: Any = 0
     if is_ranked(offset):
         offsets = [value_on_rank(offset, r) for r in ranks]
         shift = step_of(offsets) if all(type(n) is int for n in offsets) else None

@@ -288,7 +288,7 @@ def _view(func: Any, ranks: Ranks, args: Any, kwargs: Any, part: _Part | None, d
     if drop:
         del size[part.dim], stride[part.dim]
     out = stack.as_strided(size, stride, offset)
-    result = _wrap_stacked(out, ranks, shift=x._local_tensors.shift + shift)  # type: ignore[attr-defined]
+    result = _wrap_stacked(out, ranks, shift=x._local_tensors.shift + shift)
     return return_and_correct_aliasing(func, args, kwargs, result)
 
 
