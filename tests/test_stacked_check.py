@@ -1,6 +1,7 @@
 """`lt.check` and `localtensor check` on the stacked layout, and what the layout logs."""
 
 import json
+import os
 import subprocess
 import sys
 
