@@ -141,6 +141,50 @@ def test_functional_collectives_in_a_graph_wait():
         assert out[rank].tolist() == [3.0 * s * 3 * (rank + 1) for s in (1, 2, 3, 4)]
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin:UserWarning")
+def test_calls_between_graphs_are_not_compiled():
+    """Dynamo has no graph form of broadcast and send: what they call is left alone."""
+
+    def fn(rank):
+        @torch.compile(backend="eager")
+        def f(x):
+            y = x + rank
+            dist.broadcast(y, 1)
+            if rank == 0:
+                dist.send(y * 2, 1)
+            else:
+                dist.recv(y, 0)
+            return y + 1
+
+        return f(torch.zeros(2)).tolist()
+
+    assert run(fn, 2) == {0: [2.0, 2.0], 1: [3.0, 3.0]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_compiled_data_parallel(kind, backend):
+    def fn(rank, backend=None):
+        model = mlp()
+        if kind == "ddp":
+            model = DistributedDataParallel(model)
+        else:
+            mesh = init_device_mesh("cpu", (2,))
+            fully_shard(model[0], mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        train(model if backend is None else torch.compile(model, backend=backend), rank)
+        parameters = [p.detach() for p in model.parameters()]
+        return [p.full_tensor() if kind == "fsdp" else p for p in parameters]
+
+    expected = run(fn, 2)
+    found = run(lambda rank: fn(rank, backend), 2, seed=1)
+    for rank in range(2):
+        for a, b in zip(found[rank], expected[rank]):
+            torch.testing.assert_close(a, b)
+            assert backend == "inductor" or torch.equal(a, b)
+
+
 def test_waiting_inside_a_compilation_is_refused():
     def fn(rank):
         def backend(graph, inputs):

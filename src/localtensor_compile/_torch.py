@@ -5,11 +5,9 @@ What has to be *patched* in torch lives in world/torch_hooks.py; this module onl
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import sys
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -392,13 +390,3 @@ def process_group_named(name: str) -> Any:
         return _resolve_process_group(name)
     except (RuntimeError, ValueError):
         return None
-
-
-@contextlib.contextmanager
-def no_modes() -> Iterator[None]:
-    """Context manager: no torch function mode and no dispatch mode of this thread has a say."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    listen = _disable_current_modes() if _len_dispatch_stack() else contextlib.nullcontext()
-    with torch._C.DisableTorchFunction(), listen:
-        yield

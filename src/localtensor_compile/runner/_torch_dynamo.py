@@ -94,3 +94,17 @@ def _of_this_rank(original: Any) -> Any:
 def compiling_in_this_thread() -> bool:
     """Whether Dynamo is compiling in this thread, with its lock held."""
     return convert_frame.compile_lock._is_owned()
+
+
+def untraced(*names: str) -> Any:
+    """Class decorator: Dynamo traces neither these methods nor what they call, whoever calls them.
+
+    For what C++ calls: Dynamo would otherwise start a graph there.
+    """
+
+    def decorate(cls: Any) -> Any:
+        for name in names:
+            setattr(cls, name, torch._disable_dynamo(vars(cls)[name]))
+        return cls
+
+    return decorate

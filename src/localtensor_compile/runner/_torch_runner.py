@@ -275,3 +275,17 @@ class ExistingGroups:
             for t in {tag, ""}:
                 c10d._tags_to_pg.setdefault(t, []).append(mine)
             register_process_group(name, mine)
+
+
+@contextlib.contextmanager
+def no_modes() -> Iterator[None]:
+    """Context manager: no torch function mode and no dispatch mode of this thread has a say."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    listen = (
+        _disable_current_modes()
+        if torch._C._len_torch_dispatch_stack()
+        else contextlib.nullcontext()
+    )
+    with torch._C.DisableTorchFunction(), listen:
+        yield

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .._torch import AsyncCollectiveTensor, no_modes
+from .._torch import AsyncCollectiveTensor
 from ..collectives import c10d
 from ..collectives.groups import Groups
 from ..collectives.reduction import memory_order
 from ..errors import CollectiveError
 from ..values.int_node import make_int
 from ..values.tensor import LocalTensor, _wrap
+from ._torch_runner import no_modes
 from .calls import Call
 
 Calls = Sequence[Call]  # of all ranks of a group, in group-rank order

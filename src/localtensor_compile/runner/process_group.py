@@ -17,12 +17,24 @@ from ..collectives import c10d as simulated
 from ..collectives import plain
 from ..errors import CollectiveError, UnsupportedError
 from ..world.state import enabled_local_tensor_mode
+from ._torch_dynamo import untraced
 from .calls import Call
 from .exchange import Exchange, Pending
 from .stacks import user_line
 from .work import RunnerWork
 
+# Every call that may reach the exchange.
+_CALLS = (
+    "allreduce", "allreduce_coalesced", "broadcast", "reduce", "allgather", "allgather_coalesced",
+    "all_gather_single", "_allgather_base", "all_gather_single_coalesced",
+    "allgather_into_tensor_coalesced", "reduce_scatter", "reduce_scatter_single",
+    "_reduce_scatter_base", "reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced",
+    "gather", "scatter", "alltoall", "all_to_all_single", "alltoall_base", "barrier",
+    "monitored_barrier", "send", "recv", "recv_anysource", "_start_coalescing", "_end_coalescing",
+)  # fmt: skip
 
+
+@untraced(*_CALLS)
 class RunnerGroup(dist.ProcessGroup):
     """A group of ranks of a runner, as one of its members sees it.
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch.distributed as dist
 from torch.futures import Future
 
+from ._torch_dynamo import untraced
 from .exchange import Pending
 
 
+@untraced("wait", "synchronize", "is_completed", "result", "get_future", "source_rank")
 class RunnerWork(dist.Work):
     """Done when all of `pending` are. torch's C++ (DDP, functional collectives) waits on it too."""
 
