@@ -87,7 +87,7 @@ def state(stages: list[Any]) -> dict[str, Tensor]:
     found = {}
     for stage in stages:
         for name, parameter in stage.submod.named_parameters():
-            label = f"stage {stage.stage_index} {name}"
+            label = f"stage {stage.stage_index} {name.removeprefix('_orig_mod.')}"
             found[label] = local(parameter)
             if parameter.grad is not None:
                 found[f"{label} grad"] = local(parameter.grad)
@@ -156,7 +156,7 @@ def train(
     for index in indices:
         module: Any = stage_module(index, dropout)
         if backend is not None:
-            module.compile(backend=backend)
+            module = torch.compile(module, backend=backend)
         shapes: dict[str, Any] = {}
         if static:
             shapes["input_args"] = torch.empty(2, 4 + index, requires_grad=index > 0)
@@ -211,10 +211,10 @@ class Whole(nn.Module):
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         x = torch.cat([x, x[:, :2]], dim=1)
         first = x
-        for layer in self.layers:
-            x = x + torch.tanh(layer(x))
         if scale is not None:
             x = x * scale
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
         return self.head(x + first)
 
 
@@ -233,7 +233,7 @@ def traced(
     pipe = pipeline(model, (draw(2, 4),), example, spec)
     stage = pipe.build_stage(rank, CPU)
     runs = scheduled(schedule, [stage], microbatches)
-    if keyword:
+    if keyword and rank == 0:
         given = {"scale": draw(2 * microbatches, 6, seed=9)}
         runs.step = functools.partial(runs.step, **given)
     found = run_steps(runs, [stage], rank, batch=2 * microbatches)
