@@ -1,10 +1,13 @@
 """torch.distributed.pipelining on ranks in threads: every rank equals its real gloo process."""
 
+import re
+
 import pytest
 import torch
 
 import localtensor_compile as lt
-from localtensor_compile.check.gloo import shared_pool
+from localtensor_compile.check.engines import _one_thread
+from localtensor_compile.check.gloo import GlooError, shared_pool
 from tests.parallel import pipelines
 from tests.parallel.pipelines import LOOPED, SINGLE, SPLIT_BACKWARD, V_SHAPED
 
@@ -15,7 +18,8 @@ ALL = (*SINGLE, *LOOPED, *V_SHAPED)
 
 def simulated(program, ranks, seed=None, **bound):
     """{rank: what the program returns}, one thread per rank."""
-    with lt.LocalRunnerMode(ranks, ranks, lambda _: program(**bound), seed=seed) as mode:
+    runner = lt.LocalRunnerMode(ranks, ranks, lambda _: program(**bound), seed=seed)
+    with _one_thread(), runner as mode:
         pass
     return mode.results
 
@@ -37,7 +41,7 @@ def compare(found, real, close=False):
 
 def equal(program, ranks, seed=None, **bound):
     """Simulated ranks give bit for bit what real ones do. Returns it, by rank."""
-    real = shared_pool().run(program, ranks, **bound)
+    real = shared_pool().run(program, ranks, timeout=60.0, **bound)
     compare(simulated(program, ranks, seed, **bound), real)
     return real
 
@@ -100,12 +104,29 @@ def test_users_own_schedule():
         (2, {}),
         (2, {"keyword": True, "schedule": "ScheduleGPipe"}),
         pytest.param(3, {}, marks=slow),
-        pytest.param(4, {"keyword": True}, marks=slow),
+        pytest.param(4, {"schedule": "ScheduleGPipe", "keyword": True}, marks=slow),
     ],
 )
 def test_traced(ranks, bound):
     real = equal(pipelines.traced, ranks, 1, **bound)
     assert int(real[0]["stages"]) == ranks
+
+
+def test_a_deadlock_of_torch_is_found():
+    """torch's 1F1B hangs where the first stage also sends to the last, over three others."""
+    with pytest.raises(lt.RunnerDeadlock) as error:
+        simulated(pipelines.traced, 4)
+    text = str(error.value)
+    for rank, other in enumerate((3, 0, 3, 0)):
+        here = r"at tests/parallel/pipelines\.py:\d+, for a recv of rank"
+        line = rf"rank {rank} waits in send to rank {other} of float32 \(2, 6\) {here} {other}"
+        assert re.search(line, text), text
+
+
+@slow
+def test_that_deadlock_on_real_ranks():
+    with pytest.raises(GlooError, match="did not end within 20 s on real gloo processes"):
+        shared_pool().run(pipelines.traced, 4, timeout=20.0)
 
 
 # ---------------------------------------------------------------- with other parallelisms
@@ -124,8 +145,21 @@ def test_traced(ranks, bound):
     ],
 )
 def test_with(by, schedule):
-    count = microbatches(schedule, 2)
-    equal(pipelines.wrapped, 4, 1, by=by, schedule=schedule, microbatches=count)
+    bound = {"by": by, "schedule": schedule, "microbatches": microbatches(schedule, 2)}
+    if by == ("ddp",) and schedule != "Schedule1F1B":
+        bound["steps"] = 1  # see test_what_torch_cannot_do
+    equal(pipelines.wrapped, 4, 1, **bound)
+
+
+def test_what_torch_cannot_do():
+    """A second step of DDP stages whose forwards all come first: DDP's own assertion, as real."""
+    message = "rebuilt parameter indices size is not same as original model parameters size"
+    bound = {"by": ("ddp",), "schedule": "ScheduleGPipe"}
+    with pytest.raises(RuntimeError) as error:
+        simulated(pipelines.wrapped, 4, **bound)
+    assert message in str(error.value.__cause__)
+    with pytest.raises(GlooError, match=message):
+        shared_pool().run(pipelines.wrapped, 4, timeout=60.0, **bound)
 
 
 @slow
@@ -156,11 +190,13 @@ def test_inductor_stages(schedule, ranks):
 @pytest.mark.parametrize("schedule", ["Schedule1F1B", "ScheduleInterleaved1F1B"])
 def test_compiled_with(by, schedule):
     bound = {"by": (by,), "schedule": schedule}
+    if by == "ddp" and schedule != "Schedule1F1B":
+        bound["steps"] = 1
     real = shared_pool().run(pipelines.wrapped, 4, **bound)
     compare(simulated(pipelines.wrapped, 4, 1, backend="aot_eager", **bound), real)
 
 
 @pytest.mark.parametrize("schedule", SPLIT_BACKWARD)
 def test_split_backward_of_compiled_stages_is_refused_as_by_torch(schedule):
-    with pytest.raises(RuntimeError, match="torch.compile"):
+    with pytest.raises(RuntimeError, match=r"stage modules that have used torch\.compile"):
         simulated(pipelines.train, 2, schedule=schedule, microbatches=4, backend="aot_eager")

@@ -8,6 +8,7 @@ that a tensor of the wrong stage or micro batch does not fit or is seen.
 from __future__ import annotations
 
 import functools
+import tempfile
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import pipelining
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, SplitPoint, pipeline
 from torch.distributed.tensor import DTensor
@@ -24,6 +25,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from .harness import draw, fill
 
@@ -47,7 +49,9 @@ class Stage(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.dropout(F.gelu(self.up(self.norm(x))), self.dropout))
+        x = F.dropout(F.gelu(self.up(self.norm(x))), self.dropout)
+        # Not a view, as TP's layers return: torch's split backward detaches it in place.
+        return F.silu(self.down(x))
 
 
 def stage_module(index: int, dropout: float = 0.0) -> nn.Module:
@@ -102,7 +106,6 @@ def run_steps(
     batch: int,
     steps: int = 2,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """Optimizer steps, each on another batch."""
     found: dict[str, Tensor] = {}
@@ -173,6 +176,7 @@ def wrapped(
     sizes: tuple[int, ...] = (2, 2),
     microbatches: int = 4,
     backend: str | None = None,
+    steps: int = 2,
 ) -> dict[str, Tensor]:
     """A mesh of ("pp", *by): stages cut by TP, FSDP2, DDP, or TP and FSDP2.
 
@@ -192,11 +196,11 @@ def wrapped(
         if "fsdp" in by:
             module = fully_shard(module, mesh=mesh["fsdp"])
         if "ddp" in by:
-            module = nn.parallel.DistributedDataParallel(module, process_group=mesh.get_group("ddp"))
+            module = DistributedDataParallel(module, process_group=mesh.get_group("ddp"))
         made.append(PipelineStage(module, index, sizes[0] * len(indices), CPU, group=group))
     runs = scheduled(schedule, made, microbatches)
     seed = next((1000 * mesh.get_local_rank(d) for d in by if d in ("fsdp", "ddp")), 0)
-    return run_steps(runs, made, rank, batch=2 * microbatches, seed=seed)
+    return run_steps(runs, made, rank, batch=2 * microbatches, seed=seed, steps=steps)
 
 
 # ---------------------------------------------------------------- the tracing front end
@@ -270,7 +274,9 @@ def several_outputs(schedule: str = "ScheduleGPipe", microbatches: int = 3) -> d
     return found
 
 
-def evaluated(schedule: str = "ScheduleInterleaved1F1B", microbatches: int = 4) -> dict[str, Tensor]:
+def evaluated(
+    schedule: str = "ScheduleInterleaved1F1B", microbatches: int = 4
+) -> dict[str, Tensor]:
     """`eval` runs the forward only; a training step follows."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     indices = stages_of(schedule, rank, ranks)
@@ -289,8 +295,6 @@ def evaluated(schedule: str = "ScheduleInterleaved1F1B", microbatches: int = 4) 
 
 def from_csv(actions: str, microbatches: int = 2) -> dict[str, Tensor]:
     """A schedule of the user's own, as the rows of a CSV file: one row of actions per rank."""
-    import tempfile
-
     rank, ranks = dist.get_rank(), dist.get_world_size()
     made = [PipelineStage(stage_module(rank), rank, ranks, CPU)]
     runs = pipelining.schedules._PipelineScheduleRuntime(made, microbatches, loss_fn=loss_of)
