@@ -1,6 +1,11 @@
 """torch.distributed.pipelining on ranks in threads: every rank equals its real gloo process."""
 
+import os
 import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,3 +205,40 @@ def test_compiled_with(by, schedule):
 def test_split_backward_of_compiled_stages_is_refused_as_by_torch(schedule):
     with pytest.raises(RuntimeError, match=r"stage modules that have used torch\.compile"):
         simulated(pipelines.train, 2, schedule=schedule, microbatches=4, backend="aot_eager")
+
+
+# ---------------------------------------------------------------- the example
+EXAMPLE = str(Path(__file__).parents[1] / "docs" / "examples" / "pipeline.py")
+
+
+def example_losses(module, *options):
+    """What the last rank prints."""
+    command = [sys.executable, "-m", module, *options, "--nproc-per-node", "4", EXAMPLE]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if line.startswith("step ")]
+
+
+def test_example_trains_the_whole_model():
+    example = runpy.run_path(EXAMPLE)
+    model = torch.nn.Sequential(*(example["layer"](rank, 4) for rank in range(4)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    printed = example_losses("localtensor_compile", "run")
+    assert len(printed) == example["STEPS"]
+    for step, line in enumerate(printed):
+        x, target = example["data"](step)
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(model(x), target)
+        loss.backward()
+        optimizer.step()
+        found = float(line.removeprefix(f"step {step}: loss "))
+        torch.testing.assert_close(found, loss.item(), rtol=1e-5, atol=1e-6)
+
+
+@slow
+def test_example_under_torchrun():
+    real = example_losses("torch.distributed.run")
+    assert example_losses("localtensor_compile", "run", "--seed", "3") == real
+    assert len(real) == 10
