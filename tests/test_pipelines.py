@@ -13,6 +13,7 @@ import torch
 import localtensor_compile as lt
 from localtensor_compile.check.engines import _one_thread
 from localtensor_compile.check.gloo import GlooError, shared_pool
+from localtensor_compile.cli import main
 from tests.parallel import pipelines
 from tests.parallel.pipelines import LOOPED, SINGLE, SPLIT_BACKWARD, V_SHAPED
 
@@ -107,7 +108,7 @@ def test_users_own_schedule():
     ("ranks", "bound"),
     [
         (2, {}),
-        (2, {"keyword": True, "schedule": "ScheduleGPipe"}),
+        pytest.param(2, {"keyword": True, "schedule": "ScheduleGPipe"}, marks=slow),
         pytest.param(3, {}, marks=slow),
         pytest.param(4, {"schedule": "ScheduleGPipe", "keyword": True}, marks=slow),
     ],
@@ -135,18 +136,17 @@ def test_that_deadlock_on_real_ranks():
 
 
 # ---------------------------------------------------------------- with other parallelisms
+DEFAULT = (("tp", "Schedule1F1B"), ("fsdp", "ScheduleInterleaved1F1B"), ("ddp", "Schedule1F1B"))
+
+
 @pytest.mark.parametrize(
     ("by", "schedule"),
-    [
-        (("tp",), "Schedule1F1B"),
-        (("fsdp",), "ScheduleGPipe"),
-        (("fsdp",), "ScheduleInterleaved1F1B"),
-        (("ddp",), "Schedule1F1B"),
-    ]
+    [((by,), schedule) for by, schedule in DEFAULT]
     + [
         pytest.param((by,), schedule, marks=slow)
         for by in ("tp", "fsdp", "ddp")
         for schedule in ALL
+        if (by, schedule) not in DEFAULT
     ],
 )
 def test_with(by, schedule):
@@ -175,7 +175,11 @@ def test_with_fsdp_and_tp(schedule):
 
 
 # ---------------------------------------------------------------- compiled stages
-@pytest.mark.parametrize("schedule", ["Schedule1F1B", "ScheduleInterleaved1F1B"])
+@pytest.mark.parametrize(
+    "schedule",
+    ["ScheduleInterleaved1F1B"]
+    + [pytest.param(s, marks=slow) for s in ("ScheduleGPipe", "Schedule1F1B", "ScheduleLoopedBFS")],
+)
 def test_compiled_stages(schedule):
     real = shared_pool().run(pipelines.train, 2, schedule=schedule)
     compare(simulated(pipelines.train, 2, 1, schedule=schedule, backend="aot_eager"), real)
@@ -211,21 +215,22 @@ def test_split_backward_of_compiled_stages_is_refused_as_by_torch(schedule):
 EXAMPLE = str(Path(__file__).parents[1] / "docs" / "examples" / "pipeline.py")
 
 
-def example_losses(module, *options):
-    """What the last rank prints."""
-    command = [sys.executable, "-m", module, *options, "--nproc-per-node", "4", EXAMPLE]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    return [line for line in done.stdout.splitlines() if line.startswith("step ")]
+def losses_in(printed):
+    return [line for line in printed.splitlines() if line.startswith("step ")]
 
 
-def test_example_trains_the_whole_model():
+def run_example(capsys, *options):
+    """What the last rank prints, under `localtensor run`."""
+    with _one_thread():
+        assert main(["run", *options, "--nproc-per-node", "4", EXAMPLE]) == 0
+    return losses_in(capsys.readouterr().out)
+
+
+def test_example_trains_the_whole_model(capsys):
     example = runpy.run_path(EXAMPLE)
     model = torch.nn.Sequential(*(example["layer"](rank, 4) for rank in range(4)))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    printed = example_losses("localtensor_compile", "run")
+    printed = run_example(capsys)
     assert len(printed) == example["STEPS"]
     for step, line in enumerate(printed):
         x, target = example["data"](step)
@@ -238,7 +243,11 @@ def test_example_trains_the_whole_model():
 
 
 @slow
-def test_example_under_torchrun():
-    real = example_losses("torch.distributed.run")
-    assert example_losses("localtensor_compile", "run", "--seed", "3") == real
+def test_example_under_torchrun(capsys):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", EXAMPLE]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    real = losses_in(done.stdout)
+    assert run_example(capsys, "--seed", "3") == real
     assert len(real) == 10
