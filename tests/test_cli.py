@@ -111,6 +111,28 @@ def test_interrupt_is_130(monkeypatch, capsys):
 
 
 # ---- options
+def test_layout(capsys, tmp_path):
+    file = tmp_path / "program.py"
+    file.write_text(
+        "import torch\n\n\ndef program(world):\n    return {'x': world.compile(lambda x: x * 2)(torch.ones(2))}\n"
+    )
+    code = main(
+        [
+            "check",
+            str(file),
+            "--nproc-per-node",
+            "2",
+            "--oracle",
+            "none",
+            "--backend",
+            "eager,aot_eager",
+        ]
+        + ["--layout", "stacked"]
+    )
+    assert code == 0
+    assert "stacked" in capsys.readouterr().out
+
+
 def test_defaults_and_torchruns_spelling():
     parser = argparse.ArgumentParser()
     add_options(parser)
@@ -122,6 +144,7 @@ def test_defaults_and_torchruns_spelling():
         "seed": 0,
         "timeout": 600.0,
         "verbose": False,
+        "layout": "per_rank",
     }
     assert parser.parse_args(["--nproc_per_node=3", "--backend", "a, b"]).backend == ("a", "b")
     assert parser.parse_args(["--nproc_per_node=3"]).nproc_per_node == 3

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import localtensor_compile as lt
-from localtensor_compile.check.engines import _one_thread
+from localtensor_compile.check.engines import one_thread
 from localtensor_compile.check.gloo import GlooError, shared_pool
 from localtensor_compile.cli import main
 from tests.parallel import pipelines
@@ -25,7 +25,7 @@ ALL = (*SINGLE, *LOOPED, *V_SHAPED)
 def simulated(program, ranks, seed=None, **bound):
     """{rank: what the program returns}, one thread per rank."""
     runner = lt.LocalRunnerMode(ranks, ranks, lambda _: program(**bound), seed=seed)
-    with _one_thread(), runner as mode:
+    with one_thread(), runner as mode:
         pass
     return mode.results
 
@@ -221,7 +221,7 @@ def losses_in(printed):
 
 def run_example(capsys, *options):
     """What the last rank prints, under `localtensor run`."""
-    with _one_thread():
+    with one_thread():
         assert main(["run", *options, "--nproc-per-node", "4", EXAMPLE]) == 0
     return losses_in(capsys.readouterr().out)
 

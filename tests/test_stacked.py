@@ -375,3 +375,24 @@ def test_a_per_rank_gradient_of_a_stacked_output(mode):
     out = torch.compile(lambda x: x * 2, fullgraph=True, backend="aot_eager")(x)
     out.backward(per_rank(3, float))
     assert torch.equal(x.grad._local_tensors[3], torch.full((3,), 6.0))
+
+
+def test_a_view_that_starts_elsewhere_on_each_rank(mode):
+    base = lt.rank_map(lambda r: torch.arange(12.0) + 100 * r)
+    rank = torch.distributed.get_rank()
+    view = base.narrow(0, rank * 3, 3)
+    assert is_stacked(view)
+    assert view.__tensor_flatten__()[1] == StackedRanks(RANKS, shift=3)
+    assert pickle.loads(pickle.dumps(StackedRanks(RANKS, shift=3))).shift == 3
+
+    names, ranks = view.__tensor_flatten__()
+    again = lt.LocalTensor.__tensor_unflatten__({"_stack": view._stack}, ranks, None, None)
+    for x in (view, again, view.view(3, 1).view(3)):
+        part = x.as_strided((2,), (1,))
+        for r in RANKS:
+            expected = (torch.arange(12.0) + 100 * r)[3 * r :][:3]
+            assert torch.equal(x._local_tensors[r], expected)
+            assert torch.equal(part._local_tensors[r], expected[:2])
+        assert x.storage_offset().node._values == {r: 3 * r for r in RANKS}
+    copied = copy.deepcopy(view)
+    assert torch.equal(copied._local_tensors[2], view._local_tensors[2])

@@ -8,7 +8,7 @@ writes the memory of the stack.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -18,22 +18,32 @@ class StackedRanks(tuple):
     """The ranks of a stacked LocalTensor: the metadata that it is flattened with.
 
     Never equal to the plain tuple of ranks that stands for the per-rank layout: compiled code of
-    one layout must not be taken for that of the other.
+    one layout must not be taken for that of the other. `shift` is that of ShardsOfStack.
     """
 
-    __slots__ = ()
+    shift: int
+
+    def __new__(cls, ranks: Iterable[int], shift: int = 0) -> StackedRanks:
+        self = super().__new__(cls, ranks)
+        self.shift = shift
+        return self
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is StackedRanks and tuple.__eq__(self, other)
+        return (
+            type(other) is StackedRanks and tuple.__eq__(self, other) and self.shift == other.shift
+        )
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
     def __hash__(self) -> int:
-        return hash(("stacked", tuple(self)))
+        return hash(("stacked", tuple(self), self.shift))
 
     def __repr__(self) -> str:
-        return f"StackedRanks({tuple(self)!r})"
+        return f"StackedRanks({tuple(self)!r}, shift={self.shift})"
+
+    def __reduce__(self) -> Any:
+        return StackedRanks, (tuple(self), self.shift)
 
 
 class _Made:

@@ -92,7 +92,7 @@ class LocalTensor(Tensor):
         """One attribute per rank, in rank order, or the one stack; the ranks are metadata."""
         shards = self._local_tensors
         if type(shards) is ShardsOfStack:
-            return ["_stack"], StackedRanks(shards.ranks)
+            return ["_stack"], StackedRanks(shards.ranks, shards.shift)
         ranks = tuple(shards)
         return [f"{_PREFIX}{r}" for r in ranks], ranks
 
@@ -105,7 +105,8 @@ class LocalTensor(Tensor):
     ) -> LocalTensor:
         """Sizes are those of the shards; `outer_size` only tells which symbols stand for them."""
         if type(flatten_spec) is StackedRanks:
-            return _wrap_stacked(inner_tensors["_stack"], tuple(flatten_spec))
+            stack, ranks = inner_tensors["_stack"], tuple(flatten_spec)
+            return _wrap_stacked(stack, ranks, shift=flatten_spec.shift)
         result = _wrap({r: inner_tensors[f"{_PREFIX}{r}"] for r in flatten_spec})
         if outer_size is not None:
             mine_all = (*result._size, *result._stride)
@@ -298,7 +299,8 @@ class LocalTensor(Tensor):
         extra = {k: v for k, v in self.__dict__.items() if k not in _OWN_ATTRIBUTES}
         held = self._local_tensors
         if type(held) is ShardsOfStack:
-            return _rebuild_stacked, (held.stack, held.ranks, self.requires_grad, extra)
+            values = (held.stack, held.ranks, self.requires_grad, extra, held.shift)
+            return _rebuild_stacked, values
         return _rebuild, (dict(held), self.requires_grad, extra)
 
     def _sync_meta(self) -> None:
@@ -348,9 +350,13 @@ def _rebuild(shards: dict[int, Tensor], requires_grad: bool, extra: dict[str, An
 
 
 def _rebuild_stacked(
-    stack: Tensor, ranks: tuple[int, ...], requires_grad: bool, extra: dict[str, Any]
+    stack: Tensor,
+    ranks: tuple[int, ...],
+    requires_grad: bool,
+    extra: dict[str, Any],
+    shift: int = 0,
 ) -> LocalTensor:
-    result = _wrap_stacked(stack, ranks, requires_grad)
+    result = _wrap_stacked(stack, ranks, requires_grad, shift)
     result.__dict__.update(extra)
     return result
 
