@@ -114,7 +114,8 @@ def test_interrupt_is_130(monkeypatch, capsys):
 def test_layout(capsys, tmp_path):
     file = tmp_path / "program.py"
     file.write_text(
-        "import torch\n\n\ndef program(world):\n    return {'x': world.compile(lambda x: x * 2)(torch.ones(2))}\n"
+        "import torch\n\n\ndef program(world):\n"
+        "    return {'x': world.compile(lambda x: x * 2)(torch.ones(2))}\n"
     )
     code = main(
         [

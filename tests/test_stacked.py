@@ -385,7 +385,7 @@ def test_a_view_that_starts_elsewhere_on_each_rank(mode):
     assert view.__tensor_flatten__()[1] == StackedRanks(RANKS, shift=3)
     assert pickle.loads(pickle.dumps(StackedRanks(RANKS, shift=3))).shift == 3
 
-    names, ranks = view.__tensor_flatten__()
+    _names, ranks = view.__tensor_flatten__()
     again = lt.LocalTensor.__tensor_unflatten__({"_stack": view._stack}, ranks, None, None)
     for x in (view, again, view.view(3, 1).view(3)):
         part = x.as_strided((2,), (1,))

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..values.stack import ShardsOfStack
 from ..values.tensor import LocalTensor, _wrap_stacked
+from .batched import aliased
 from .layout import wrap
-from .run import Ranks, Rule, aliased, plan_of, rule
+from .plans import Ranks, Rule, plan_of, rule
 
 aten = torch.ops.aten
 

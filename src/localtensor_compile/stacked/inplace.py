@@ -18,8 +18,9 @@ from ..values.ranked import pick_tree
 from ..values.stack import ShardsOfStack
 from ..values.tensor import LocalTensor, _wrap, _wrap_stacked
 from . import counts
+from .batched import aliased
+from .plans import Ranks, plan_of, rule
 from .row_ops import step_of
-from .run import Ranks, aliased, plan_of, rule
 
 aten = torch.ops.aten
 
