@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._torch import (
+    AsyncCollectiveTensor,
     FakeTensor,
     FunctionalTensor,
     disable_dynamo,
@@ -24,7 +25,7 @@ from .._torch import (
     own_frame_never_compiled,
     tracing_active,
 )
-from ..errors import UnsupportedError
+from ..errors import PlainTensorError, ShardError, UnsupportedError
 from .equal import reconcile_when_run, require_equal, same_values
 from .int_node import LocalIntNode, make_int
 from .op_table import _chosen, handler_of, on_stacks
@@ -185,6 +186,39 @@ class LocalTensor(Tensor):
         if type(shards) is ShardsOfStack:
             return shards.stack
         return next(iter(shards.values()))
+
+    # ---- x.data
+    @property
+    def data(self) -> Tensor:
+        """The tensor without its history, on the same memory."""
+        return torch._C.TensorBase.data.__get__(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        """Hold the shards of another LocalTensor from now on, with their memory.
+
+        Raises:
+            PlainTensorError: the value is a plain tensor.
+            ShardError: the value is of other ranks.
+        """
+        if isinstance(value, AsyncCollectiveTensor):
+            value = value.wait()
+        if isinstance(value, LocalTensor):
+            if value._ranks != self._ranks:
+                raise ShardError(
+                    f"tensor.data = ... of a LocalTensor of ranks {sorted(self._ranks)} got one of "
+                    f"ranks {sorted(value._ranks)}. Give it a tensor of the same ranks."
+                )
+        elif isinstance(value, Tensor):
+            raise PlainTensorError(
+                "tensor.data = ... of a LocalTensor got a plain tensor of shape "
+                f"{tuple(value.shape)}, whose one memory cannot be that of several ranks. Copy it "
+                "to every rank first, with lt.replicate(tensor)."
+            )
+        torch._C.TensorBase.data.__set__(self, value)
+        held = value._local_tensors
+        self._local_tensors = held if type(held) is ShardsOfStack else dict(held)
+        self._size, self._stride = value._size, value._stride
 
     # ---- looking at values
     def reconcile(self) -> Tensor:
