@@ -38,9 +38,9 @@ class Block(nn.Module):
         rows, length, dim = x.shape
         parts = self.qkv(self.norm(x)).view(rows, length, 3, self.heads, -1).unbind(2)
         q, k, v = (t.transpose(1, 2) for t in parts)
-        scores = (q @ k.transpose(-2, -1)).softmax(-1)
-        x = x + self.out((scores @ v).transpose(1, 2).reshape(rows, length, dim))
-        return x + self.mlp(self.norm2(F.dropout(x, 0.0, self.training)))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(rows, length, dim))
+        return x + self.mlp(self.norm2(F.dropout(x, 0.1, self.training)))
 
 
 class Whole(nn.Module):
@@ -73,20 +73,25 @@ def simple_fsdp_mlp(world):
     return model, torch.randn(3, world)
 
 
-def nodes(program, world):
-    """The targets of the forward and the backward graph, and what was counted."""
+def nodes_of(step, *inputs):
+    """The targets of the forward and the backward graph of a loss."""
     graphs = []
 
-    def keep(graph, inputs):
+    def keep(graph, _):
         graphs.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
         return make_boxed_func(graph.forward)
 
     torch.compiler.reset()
+    torch.compile(step, backend=aot_autograd(fw_compiler=keep), fullgraph=True)(*inputs).backward()
+    return graphs
+
+
+def nodes(program, world):
+    """The targets of the forward and the backward graph, and what was counted."""
     with lt.LocalTensorMode(world, layout="stacked") as mode:
         model, x = program(world)
         mode._counted = counts.snapshot()
-        out = torch.compile(model, backend=aot_autograd(fw_compiler=keep), fullgraph=True)(x)
-        out.square().sum().backward()
+        graphs = nodes_of(lambda x: model(x).square().sum(), x)
         stats = mode.stats()
         for parameter in model.parameters():
             grad = parameter.grad

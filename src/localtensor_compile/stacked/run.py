@@ -17,8 +17,9 @@ from ..values.broadcast import sum_is_asked_for
 from ..values.op_table import Handler, on_stacks
 from ..values.stack import ShardsOfStack
 from ..values.tensor import LocalTensor, _wrap_stacked
+from . import attention as attention  # they register rules
 from . import counts
-from . import direct as direct  # they register rules
+from . import direct as direct
 from . import inplace as inplace
 from .batched import batched
 from .layout import can_join, join, wrap
@@ -54,12 +55,12 @@ def run(handler: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
                 why = "the ranks' shards differ in size, or are written in the per-rank layout"
             else:
                 args, kwargs = joined
-    if not why:
+    if not why or (why is plan.why and func in RULES):
         result = _on_stacks(plan, ranks, found.numbers, args, kwargs)
         if result is not NotImplemented:
             counts.counts.stacked += 1
             return result
-        why = "vmap has no rule for it, or not for these arguments"
+        why = why or "vmap has no rule for it, or not for these arguments"
     return per_rank(plan, handler, why, args, kwargs)
 
 
