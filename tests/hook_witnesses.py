@@ -26,11 +26,19 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, _collective_utils, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Replicate,
+    Shard,
+    _collective_utils,
+    distribute_tensor,
+    placement_types,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from localtensor_compile import LocalTensor, LocalTensorError, LocalTensorMode, World, rank_map
+from localtensor_compile.values.stack import ShardsOfStack
 from localtensor_compile.world.factories import FactoryMode
 from tests.parallel import data_parallel, dtensor_random
 from tests.witnesses import CACHEABLE, Witnesses, require_cacheable
@@ -761,3 +769,19 @@ def kernel_calls_pass_no_function_mode() -> None:
         out.backward()
     assert seen
     assert torch.mm not in seen
+
+
+# ---------------------------------------------------------------- the stacked layout
+@needs_each("Shard._shard_tensor", "_StridedShard._shard_tensor")
+def a_stack_is_cut_once_for_all_ranks(name: str) -> None:
+    kind = getattr(placement_types, name.partition(".")[0])
+    with LocalTensorMode(WORLD, layout="stacked") as mode:
+        mesh = init_device_mesh("cpu", (WORLD,))
+        placement = kind(0) if kind is Shard else kind(0, split_factor=2)
+        x = torch.arange(4.0 * WORLD)
+        before = mode.stats()
+        cut = placement._shard_tensor(x, mesh, 0)
+        assert mode.stats()["per_rank"] == before["per_rank"]
+        assert mode.stats()["joined"] == before["joined"]
+        assert all(t.shape == (4,) for t in cut._local_tensors.values())
+        assert isinstance(cut._local_tensors, ShardsOfStack)

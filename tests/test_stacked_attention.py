@@ -20,7 +20,7 @@ def inputs():
 
 def masks():
     def make(*size):
-        draw = lambda r: torch.randn(size, generator=torch.Generator().manual_seed(r))  # noqa: E731
+        draw = lambda r: torch.randn(size, generator=torch.Generator().manual_seed(r))
         return lt.rank_map(draw)
 
     with lt.maybe_disable_local_tensor_mode():

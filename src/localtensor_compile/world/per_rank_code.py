@@ -25,7 +25,7 @@ from ..values.ranked import (
     pick,
     require_one_structure,
 )
-from ..values.stack import ShardsOfStack, made
+from ..values.stack import ShardsOfStack
 from ..values.tensor import LocalTensor, _checked_shards, _wrap
 from .state import enabled_local_tensor_mode
 
@@ -128,7 +128,8 @@ def for_each_rank(
     share memory with the arguments. Raises RankDivergence where results do not combine.
     """
     mode = enabled_local_tensor_mode()
-    if made.any:
+    stacked = mode is not None and mode.stacked and not torch.compiler.is_dynamo_compiling()
+    if stacked:
         result = sharding.at_once(func, ranks, args, kwargs)
         if result is not NotImplemented:
             return result
@@ -143,7 +144,7 @@ def for_each_rank(
     if not alias:
         results = _resolved_alike(results)
     result = combine(results, getattr(func, "__name__", str(func)) + "()")
-    return pytree.tree_map(_off_the_stack, result) if made.any else result
+    return pytree.tree_map(_off_the_stack, result) if stacked else result
 
 
 def _off_the_stack(value: Any) -> Any:

@@ -28,7 +28,6 @@ from torch.utils import _pytree as pytree
 from ..._torch import tracing_active
 from ...stacked import sharding
 from ...values.rank_node import is_ranked, value_on_rank
-from ...values.stack import made
 from .. import per_rank_code
 from ..mesh import coordinates, per_rank_int
 from ..state import acting, enabled_local_tensor_mode
@@ -65,7 +64,7 @@ def _per_rank(func: Any) -> Any:
     @functools.wraps(func)
     def run(*args: Any, **kwargs: Any) -> Any:
         mode = enabled_local_tensor_mode()
-        if mode is not None and made.any:
+        if mode is not None and mode.stacked and not torch.compiler.is_dynamo_compiling():
             result = sharding.at_once(func, mode.ranks, args, kwargs)
             if result is not NotImplemented:
                 return result
