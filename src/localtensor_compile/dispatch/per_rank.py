@@ -22,7 +22,6 @@ from ..values.op_table import Handler, add_rule, implements
 from ..values.rank_node import LocalNode, is_ranked
 from ..values.ranked import combine, per_rank_values
 from ..values.tensor import LocalTensor, _wrap, _wrap_fresh
-from . import alike
 
 aten = torch.ops.aten
 _SYM_TYPES = (SymInt, SymFloat, SymBool)
@@ -31,17 +30,7 @@ _SYM_TYPES = (SymInt, SymFloat, SymBool)
 class OpPlan:
     """What the per-rank runner has to know about one OpOverload."""
 
-    __slots__ = (
-        "call",
-        "func",
-        "inplace",
-        "name",
-        "resizes",
-        "shared",
-        "single",
-        "views",
-        "writes",
-    )
+    __slots__ = ("call", "func", "inplace", "name", "resizes", "single", "views", "writes")
 
     def __init__(self, func: Any) -> None:
         schema = func._schema
@@ -59,7 +48,6 @@ class OpPlan:
         )
         self.resizes = torch.Tag.inplace_view in func.tags or schema.name in _RESIZING
         self.single = len(returns) == 1 and str(returns[0].type) == "Tensor"
-        self.shared = self.single and not self.writes and not self.views and alike.can_share(func)
 
 
 _RESIZING = {
@@ -116,10 +104,6 @@ def run_per_rank(
         _check_writes(plan, args, kwargs)
 
     call = plan.call._op
-    if plan.shared and not ranked_kwargs and ranked and _is_traced(ranked[0][1]):
-        shared = alike.results(call, tuple(ranks), ranked, args, kwargs)
-        if shared is not None:
-            return _wrap(shared)
     base = list(args)
     results: dict[int, Any] = {}
     if ranked_kwargs:
@@ -160,10 +144,6 @@ def run_per_rank(
     if result is None:
         return None
     return return_and_correct_aliasing(plan.func, args, kwargs, result)
-
-
-def _is_traced(values: Mapping[int, Any]) -> bool:
-    return type(next(iter(values.values()))) is not Tensor
 
 
 def _is_inference(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -260,7 +240,7 @@ def _fresh_handler(plan: OpPlan) -> Handler:
     def handler(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not kwargs and len(args) <= 2:
             first = args[0]
-            if type(first) is LocalTensor and not _is_traced(first._local_tensors):
+            if type(first) is LocalTensor:
                 if len(args) == 1:
                     results = {r: call(x) for r, x in first._local_tensors.items()}
                     return _wrap_fresh(results, first._ranks)
