@@ -25,7 +25,7 @@ from ..values.ranked import (
     pick,
     require_one_structure,
 )
-from ..values.stack import ShardsOfStack
+from ..values.stack import ShardsOfStack, made
 from ..values.tensor import LocalTensor, _checked_shards, _wrap
 from .state import enabled_local_tensor_mode
 
@@ -128,7 +128,7 @@ def for_each_rank(
     share memory with the arguments. Raises RankDivergence where results do not combine.
     """
     mode = enabled_local_tensor_mode()
-    stacked = mode is not None and mode.stacked and not torch.compiler.is_dynamo_compiling()
+    stacked = made.any and (mode is None or mode.stacked)
     if stacked:
         result = sharding.at_once(func, ranks, args, kwargs)
         if result is not NotImplemented:

@@ -64,7 +64,7 @@ def _per_rank(func: Any) -> Any:
     @functools.wraps(func)
     def run(*args: Any, **kwargs: Any) -> Any:
         mode = enabled_local_tensor_mode()
-        if mode is not None and mode.stacked and not torch.compiler.is_dynamo_compiling():
+        if mode is not None and mode.stacked:
             result = sharding.at_once(func, mode.ranks, args, kwargs)
             if result is not NotImplemented:
                 return result
