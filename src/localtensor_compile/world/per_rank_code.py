@@ -128,7 +128,7 @@ def for_each_rank(
     share memory with the arguments. Raises RankDivergence where results do not combine.
     """
     mode = enabled_local_tensor_mode()
-    stacked = made.any and (mode is None or mode.stacked)
+    stacked = mode.stacked if mode is not None else made.any and _any_stacked(args)
     if stacked:
         result = sharding.at_once(func, ranks, args, kwargs)
         if result is not NotImplemented:
@@ -145,6 +145,12 @@ def for_each_rank(
         results = _resolved_alike(results)
     result = combine(results, getattr(func, "__name__", str(func)) + "()")
     return pytree.tree_map(_off_the_stack, result) if stacked else result
+
+
+def _any_stacked(args: Sequence[Any]) -> bool:
+    return any(
+        isinstance(a, LocalTensor) and type(a._local_tensors) is ShardsOfStack for a in args
+    )
 
 
 def _off_the_stack(value: Any) -> Any:
