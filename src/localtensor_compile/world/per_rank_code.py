@@ -148,9 +148,7 @@ def for_each_rank(
 
 
 def _any_stacked(args: Sequence[Any]) -> bool:
-    return any(
-        isinstance(a, LocalTensor) and type(a._local_tensors) is ShardsOfStack for a in args
-    )
+    return any(isinstance(a, LocalTensor) and type(a._local_tensors) is ShardsOfStack for a in args)
 
 
 def _off_the_stack(value: Any) -> Any:
