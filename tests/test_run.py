@@ -285,7 +285,7 @@ def test_interrupt_and_breakpoint(script):
             assert seen[-1], process.stderr.read()
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=120)
     finally:
         process.kill()
     text = "".join(seen)
