@@ -112,8 +112,8 @@ def refused(
         assert re.search(message, engine.error, re.DOTALL), f"{engine.name}: {engine.error}"
 
 
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The same normal draws on every rank."""
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+    """The same normal draws on every rank; of the default dtype."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
