@@ -264,6 +264,89 @@ def test_out(mode):
     assert torch.equal(other._local_tensors[2], torch.outer(*[torch.arange(3.0) * 2] * 2))
 
 
+def numbered():
+    return lt.rank_map(lambda r: torch.arange(6.0) + 10 * r)
+
+
+def indices():
+    return torch.empty(0, dtype=torch.int64)
+
+
+WRITTEN_OUT = {
+    "arange": lambda: torch.arange(3, out=torch.empty(0)),
+    "bernoulli": lambda: torch.bernoulli(numbered() / 40, out=torch.empty(0)),
+    "different sizes": lambda: torch.masked_select(numbered(), numbered() > 3, out=torch.empty(0)),
+    "different sizes of indices": lambda: torch.nonzero(numbered(), out=indices()),
+    "multinomial": lambda: torch.multinomial(numbered() + 1, 2, out=indices()),
+    "nonzero": lambda: torch.nonzero(numbered() + 1, out=indices()),
+    "normal": lambda: torch.normal(numbered(), 1.0, out=torch.empty(6)),
+    "rand": lambda: torch.rand(3, out=torch.empty(0)),
+    "randn of a smaller size": lambda: torch.randn(3, out=torch.empty(5)),
+    "randn of the same size": lambda: torch.randn(3, out=torch.empty(3)),
+    "randperm": lambda: torch.randperm(4, out=indices()),
+    "sort": lambda: torch.sort(numbered().flip(0), out=(torch.empty(0), indices()))[1],
+}
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_out_gets_the_size_of_the_result(name):
+    found = {}
+    for layout in ("stacked", "per_rank"):
+        with lt.LocalTensorMode(W, layout=layout):
+            torch.manual_seed(lt.rank_map(lambda r: torch.tensor(3 + r)).item())
+            out = WRITTEN_OUT[name]()
+            assert is_stacked(out) is (layout == "stacked" and "different" not in name)
+            found[layout] = {r: t.tolist() for r, t in out._local_tensors.items()}
+    assert found["stacked"] == found["per_rank"]
+    assert all(found["stacked"].values())
+
+
+def test_out_that_is_too_small(mode):
+    with pytest.raises(
+        lt.UnsupportedError,
+        match=r"aten.masked_select.out writes shards of different sizes into a tensor of shape "
+        r"\(2,\).*Give it an empty tensor, or use LocalTensorMode\(..., layout=.per_rank.\)",
+    ):
+        torch.masked_select(numbered(), numbered() > 3, out=torch.empty(2))
+
+
+def test_resize_of_a_part(mode):
+    """A part may grow up to the end of its rank's memory, where the next rank's begins."""
+    x = numbered()
+    part = x[2:4]
+    part.resize_(4)
+    part.fill_(-1.0)
+    for r in RANKS:
+        assert x._local_tensors[r].tolist() == [10.0 * r, 10.0 * r + 1, -1, -1, -1, -1]
+    with pytest.raises(lt.UnsupportedError, match="the next rank's shard follows it"):
+        x[3:].resize_(5)
+    with pytest.raises(lt.UnsupportedError, match="the next rank's shard follows it"):
+        x.narrow(0, torch.distributed.get_rank(), 2).resize_(4)
+    x.narrow(0, torch.distributed.get_rank(), 2).resize_(3).zero_()
+    for r in RANKS:
+        assert x._local_tensors[r][r : r + 3].tolist() == [0.0] * 3
+
+
+def test_resize_of_a_single_rank():
+    with lt.LocalTensorMode(1, layout="stacked"):
+        x = torch.arange(3.0)
+        x.resize_(5)
+        assert x.shape == x._local_tensors[0].shape == (5,)
+        assert x._local_tensors[0][:3].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_factories_inside_transforms(mode):
+    x = lt.rank_map(lambda r: torch.arange(12.0).view(3, 4) * r)
+    grad = torch.func.grad(lambda t: (t * torch.full((4,), 3.0)).sum())(x)
+    mapped = torch.func.vmap(lambda row: row + torch.arange(4.0))(x)
+    for r in RANKS:
+        assert torch.equal(grad._local_tensors[r], torch.full((3, 4), 3.0))
+        assert torch.equal(
+            mapped._local_tensors[r], x._local_tensors[r] + torch.arange(4.0)._stack[0]
+        )
+
+
 # ---------------------------------------------------------------- the two layouts together
 def test_shards_that_differ_stay_per_rank_and_come_back(mode):
     x = lt.rank_map(lambda r: torch.arange(float(r + 1)))

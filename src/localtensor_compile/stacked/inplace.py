@@ -202,7 +202,9 @@ def resize(x: LocalTensor, ranks: Ranks, size: Sequence[Any]) -> None:
         numel *= n
     if stack.numel() == 0:
         x._local_tensors = ShardsOfStack(stack.new_empty((len(ranks), *size)), ranks)
-    elif len(ranks) == 1 or numel <= stack.stride(0):
+    elif len(ranks) == 1:
+        stack.resize_([1, *size])
+    elif _room(x, len(ranks)) >= numel:
         stack.as_strided_([len(ranks), *size], [stack.stride(0), *stride], stack.storage_offset())
     else:
         raise UnsupportedError(
@@ -211,6 +213,14 @@ def resize(x: LocalTensor, ranks: Ranks, size: Sequence[Any]) -> None:
             'or use LocalTensorMode(..., layout="per_rank").'
         )
     x._sync_meta()
+
+
+def _room(x: LocalTensor, count: int) -> Any:
+    """How many elements fit between the start of a shard and the memory of the next rank."""
+    held: Any = x._local_tensors
+    first = held.stack.storage_offset()
+    # A shard may be part of its rank's memory, and another part on each rank.
+    return held.stack.stride(0) - held.shift - max(first, first + (count - 1) * held.shift)
 
 
 def _contiguous(size: Sequence[Any]) -> list[Any]:

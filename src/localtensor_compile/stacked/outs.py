@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..values.tensor import LocalTensor
+from ..errors import UnsupportedError
+from ..values.op_table import Handler
+from ..values.tensor import LocalTensor, _wrap
 from . import inplace
+from .counts import left
+from .layout import can_join, is_stacked
 from .plans import Plan, Ranks
 
 
@@ -25,6 +30,53 @@ def into_out(plan: Plan, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, 
             inplace.resize(out, ranks, result.shape)
         out.copy_(result)
     return outs[0] if len(outs) == 1 else tuple(outs)
+
+
+def per_rank_into_out(
+    plan: Plan, handler: Handler, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """An op with out= once per rank: the op resizes tensors of its own, as it cannot resize rows.
+
+    Raises:
+        UnsupportedError: the outputs do not fit into the memory of their rows.
+    """
+    stacked = {n: kwargs[n] for n in plan.outs if is_stacked(kwargs.get(n))}
+    made = {n: apart(out) for n, out in stacked.items()}
+    result = handler(plan.func, args, {**kwargs, **made})
+    for name, out in stacked.items():
+        put(plan.name, made[name], out)
+    given = {id(made[n]): out for n, out in stacked.items()}
+    if isinstance(result, Tensor):
+        return given.get(id(result), result)
+    return type(result)(given.get(id(r), r) for r in result)
+
+
+def apart(out: LocalTensor) -> LocalTensor:
+    """A tensor per rank, for an op to resize and to write instead of the stacked `out`."""
+    return _wrap({r: t.clone() for r, t in out._local_tensors.items()})
+
+
+def put(name: str, made: LocalTensor, out: LocalTensor) -> None:
+    """Give the stacked `out` the size and the values of `made`, which the op `name` wrote.
+
+    Raises:
+        UnsupportedError: they do not fit into the memory of the rows.
+    """
+    made._sync_meta()
+    if can_join(made):
+        if out.shape != made.shape:
+            inplace.resize(out, tuple(out._local_tensors), made.shape)
+        out.copy_(made)
+        return
+    if out.numel():
+        raise UnsupportedError(
+            f"{name} writes shards of different sizes into a tensor of shape {tuple(out.shape)}, "
+            "whose shards are one tensor in the stacked layout. Give it an empty tensor, or use "
+            'LocalTensorMode(..., layout="per_rank").'
+        )
+    out._local_tensors = made._local_tensors
+    out._sync_meta()
+    left(name)
 
 
 def _functional_of(plan: Plan) -> Any:

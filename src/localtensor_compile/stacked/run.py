@@ -24,7 +24,7 @@ from . import inplace as inplace
 from .batched import batched
 from .layout import can_join, join, wrap
 from .operands import Operands, mapped, operands
-from .outs import into_out
+from .outs import into_out, per_rank_into_out
 from .plans import RULES, Plan, Ranks, plan_of
 
 aten = torch.ops.aten
@@ -68,6 +68,9 @@ def per_rank(
     plan: Any, handler: Handler, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Run the op once per rank on views of the stacks, and join what it made."""
+    if plan.outs and not tracing_active():
+        counts.went_per_rank(plan.name, why)
+        return per_rank_into_out(plan, handler, args, kwargs)
     result = handler(plan.func, args, kwargs)
     if plan.why and tracing_active() and is_whole(result):
         return result  # a random op with one node for the draws of all ranks

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import tracing_active
 from ..dispatch.random_factories import refuse_in_vmap
 from ..dispatch.random_ops import RANDOM_FACTORIES, random_factory
 from ..errors import UnsupportedError
-from ..stacked.layout import can_join, expanded, join
+from ..stacked.layout import can_join, expanded, is_stacked, join
+from ..stacked.outs import apart, put
 from ..values.ranked import pick_tree
 from ..values.stack import StackedRanks
 from ..values.tensor import LocalTensor, _checked_shards, _wrap, _wrap_stacked
@@ -38,7 +40,9 @@ def build(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Call a factory of BUILDERS on all ranks, which are StackedRanks for a stacked result."""
     result = _built(func, ranks, args, kwargs)
     if type(ranks) is StackedRanks and type(result) is LocalTensor and can_join(result):
-        return join(result, name_of(func)).requires_grad_(result.requires_grad)
+        stacked = join(result, name_of(func))
+        # Inside of grad or vmap not even requires_grad_(False) may be called.
+        return stacked.requires_grad_() if result.requires_grad else stacked
     return result
 
 
@@ -80,6 +84,16 @@ def _each_rank_of_numbers(
     if any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
         return func(*args, **kwargs)
     return _each_rank(func, ranks, args, kwargs)
+
+
+def _random(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    out: Any = kwargs.get("out")
+    if type(out) is not LocalTensor or not is_stacked(out) or tracing_active():
+        return random_factory(func, ranks, args, kwargs)
+    made = apart(out)
+    random_factory(func, ranks, args, {**kwargs, "out": made})
+    put(name_of(func), made, out)
+    return out
 
 
 def _tensor(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -230,6 +244,6 @@ BUILDERS: dict[Any, Builder] = {
     torch.tensor: _tensor,
     Tensor.new: _new,
     Tensor.new_tensor: _new_tensor,
-    **dict.fromkeys(RANDOM_FACTORIES, random_factory),
+    **dict.fromkeys(RANDOM_FACTORIES, _random),
 }
 """Every torch function that is a factory for FactoryMode."""
