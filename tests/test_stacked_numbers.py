@@ -44,7 +44,17 @@ OPERANDS = {
     "multiply in place": lambda x, r: x.mul_(r),
     "multiply sum": lambda x, r: x.sum() * r,
     "remainder": lambda x, r: x % (r + 1),
+    "new full": lambda x, r: x.new_full((2, 2), r),
+    "new full of a dtype": lambda x, r: x.new_full((), r + 2, dtype=torch.float16),
     "subtract from": lambda x, r: r - x,
+    "where": lambda x, r: torch.where(x > 1, x, r),
+    "where float": lambda x, r: torch.where(x > 1, r * 0.5, x),
+    "where of broadcast": lambda x, r: torch.where(x[0] > 1, x, r + 1),
+    "where of one element": lambda x, r: torch.where(x > 1, x[0, 0], r + 1),
+    "where of numbers": lambda x, r: torch.where(x > 1, r, 2.5),
+    "where of two numbers": lambda x, r: torch.where(x > 1, r, r + 1),
+    "where method": lambda x, r: x.where(x > 1, r),
+    "where of bools": lambda x, r: torch.where(x > 1, x > 2, r > 1),
 }
 POSITIONS = {
     "backwards": lambda x, r: x.narrow(0, 3 - r, 1),
@@ -103,6 +113,32 @@ def compare(fn, dtype, per_rank):
 @pytest.mark.parametrize("name", OPERANDS)
 def test_operand(name, dtype):
     compare(OPERANDS[name], dtype, [])
+
+
+@pytest.mark.parametrize("layout", ["stacked", "per_rank"])
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("name", [n for n in OPERANDS if n.startswith(("where", "new full"))])
+def test_choice_and_fill(name, backend, layout):
+    """torch itself would ask for one Python number, compiled or not, in both layouts."""
+    torch.compiler.reset()
+    expected = on_ranks(OPERANDS[name], torch.float32)
+    with lt.LocalTensorMode(W, layout=layout):
+        x = lt.replicate(plain())
+
+        def fn(x):
+            return OPERANDS[name](x, dist.get_rank())
+
+        found = (torch.compile(fn, backend=backend, fullgraph=True) if backend else fn)(x)
+        for r, want in enumerate(expected):
+            torch.testing.assert_close(found._local_tensors[r], want, rtol=0, atol=0)
+
+
+def test_fill_of_a_size_per_rank():
+    with lt.LocalTensorMode(W, layout="stacked"):
+        rank = dist.get_rank()
+        found = lt.replicate(plain()).new_full((rank + 1,), rank)
+        for r in range(W):
+            assert torch.equal(found._local_tensors[r], torch.full((r + 1,), float(r)))
 
 
 @pytest.mark.parametrize("name", POSITIONS)

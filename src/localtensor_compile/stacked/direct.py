@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..values.rank_node import is_ranked
 from ..values.stack import ShardsOfStack
 from ..values.tensor import LocalTensor, _wrap_stacked
 from .batched import aliased
@@ -252,5 +253,7 @@ def _unsafe_view(func: Any, ranks: Ranks, args: Any, kwargs: Any) -> Any:
 def _new(func: Any, ranks: Ranks, args: Any, kwargs: Any) -> Any:
     stack = _stack(args[0])
     if stack is None or not all(type(n) is int for n in args[1]):
+        return NotImplemented
+    if any(is_ranked(value) for value in args[2:]):
         return NotImplemented
     return wrap(func(stack, [len(ranks), *args[1]], *args[2:], **kwargs), ranks)

@@ -178,9 +178,15 @@ def _fill(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _full(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """full_like, new_full: made with one value, then filled."""
     *rest, value = args
+    if number_values(value, ranks) is None or _holds_ranked(rest):
+        return NotImplemented  # a size per rank
     made = func(*rest, 0, **kwargs)
     number = _cast(value, ranks, made)
     return NotImplemented if number is None else made.copy_(number)
+
+
+def _holds_ranked(values: Sequence[Any]) -> bool:
+    return any(_holds_ranked(v) if isinstance(v, (list, tuple)) else is_ranked(v) for v in values)
 
 
 def _masked_fill(func: Any, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

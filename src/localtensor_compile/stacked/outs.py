@@ -41,6 +41,8 @@ def per_rank_into_out(
         UnsupportedError: the outputs do not fit into the memory of their rows.
     """
     stacked = {n: kwargs[n] for n in plan.outs if is_stacked(kwargs.get(n))}
+    if not stacked:
+        return handler(plan.func, args, kwargs)
     made = {n: apart(out) for n, out in stacked.items()}
     result = handler(plan.func, args, {**kwargs, **made})
     for name, out in stacked.items():

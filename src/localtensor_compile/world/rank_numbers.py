@@ -8,7 +8,7 @@ placeholder instead of the number).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from torch.utils import _pytree as pytree
 
 from .._torch import FakeTensor, FunctionalTensor, tracing_active
 from ..errors import LocalTensorError, PlainTensorError, UnsupportedError, per_rank_text
+from ..stacked.numbers import number_values, stacked_number
 from ..values.rank_node import LocalNode, is_ranked, value_on_rank
 from ..values.ranked import per_rank_values, pick, ranks_of
+from ..values.stack import stack_of
 from ..values.tensor import LocalTensor, _wrap
 
 MAY_HOLD_NUMBERS = frozenset({SymInt, SymFloat, SymBool, slice, tuple, list, torch.Size})
@@ -337,6 +339,45 @@ def _check_lengths(tensor: Tensor, lengths: Any, dim: int) -> None:
         )
 
 
+# ---------------------------------------------------------------- where
+_WHERE = ("condition", "input", "other")
+
+
+def _where(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """With the number as a tensor: torch's C++ makes one of it, and asks for one Python number."""
+    names = _WHERE if func is torch.where else ("input", "condition", "other")
+    given = dict(zip(names, args)) | {("input" if k == "self" else k): v for k, v in kwargs.items()}
+    if not {"input", "other"} <= given.keys() or not isinstance(given["condition"], Tensor):
+        return _call(func, args, kwargs)
+    dtype = torch.result_type(*(_example(given[name]) for name in ("input", "other")))
+    for name in ("input", "other"):
+        if is_ranked(given[name]):
+            given[name] = _scalar(given[name], given.values(), given["condition"]).to(dtype)
+    operands = [given.pop(name) for name in _WHERE]
+    return torch.where(*operands, **given)
+
+
+def _example(value: Any) -> Any:
+    """A number of the type of a per-rank number; others as they are."""
+    if not is_ranked(value):
+        return value
+    return 0 if type(value) is SymInt else 0.0 if type(value) is SymFloat else False
+
+
+def _scalar(number: Any, beside: Iterable[Any], like: Tensor) -> LocalTensor:
+    """A per-rank number as a tensor without dimensions, stacked if a tensor `beside` it is."""
+    dtype = {SymInt: torch.int64, SymFloat: torch.float64, SymBool: torch.bool}[type(number)]
+    for value in beside:
+        stack = stack_of(value._local_tensors) if type(value) is LocalTensor else None
+        if stack is None:
+            continue
+        ranks = tuple(value._local_tensors)
+        values = number_values(number, ranks)
+        if values is not None:
+            return stacked_number(values, ranks, dtype, like.device)
+    return tensor_of_numbers(number, dtype=dtype, device=like.device)
+
+
 BY_INDEX: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     Tensor.__getitem__: _get_item,
     Tensor.__setitem__: _set_item,
@@ -344,5 +385,7 @@ BY_INDEX: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     torch.split: _split,
     Tensor.split_with_sizes: _split,
     torch.split_with_sizes: _split,
+    Tensor.where: _where,
+    torch.where: _where,
 }
 """Functions with a way of their own to take per-rank numbers, called when they get some."""
