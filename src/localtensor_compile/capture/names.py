@@ -90,6 +90,16 @@ def input_of(node: fx.Node, names: Sequence[tuple[str, str]]) -> Known:
     return Known("input", f"{label}{of_shard}.{size}({desc.idx})", rank)
 
 
+def is_stack(node: fx.Node) -> bool:
+    """Whether a placeholder of a flat graph is the stack of a LocalTensor."""
+    desc = node.meta.get("desc")
+    while hasattr(desc, "base"):
+        if getattr(desc, "attr", "") == "_stack":
+            return True
+        desc = desc.base
+    return False
+
+
 def _tangent(output: str) -> str:
     """`tangent_0` for `return[0]`: other lines name it."""
     return "tangent_" + output.removeprefix("return[").rstrip("]").replace("[", "_")

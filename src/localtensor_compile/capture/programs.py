@@ -13,9 +13,10 @@ import torch.fx as fx
 from torch import Tensor
 
 from ..compile.extract import extract_rank
+from ..compile.functional_nodes import PER_RANK, ExtractError
 from ..compile.fx_graphs import leaves, output_node, placeholders
 from ..compile.owners import Owner, owners
-from .names import SAVED, Known, input_of, output_of
+from .names import SAVED, Known, input_of, is_stack, output_of
 from .record import BACKWARD, FORWARD, JOINT, Recorded, copied
 
 
@@ -32,8 +33,18 @@ class FlatGraph:
 def flat_graph(
     module: fx.GraphModule, names: Sequence[tuple[str, str]], ranks: Sequence[int]
 ) -> FlatGraph:
-    """`module` with its descriptors read, and names for its lines in the nodes' meta."""
+    """`module` with its descriptors read, and names for its lines in the nodes' meta.
+
+    Raises:
+        ExtractError: an input is a stack of the shards of all ranks.
+    """
     nodes = placeholders(module)
+    for node in nodes:
+        if is_stack(node):
+            raise ExtractError(
+                f"{input_of(node, names).label} holds the shards of all ranks in one tensor "
+                f"(layout='stacked'), but captured graphs are those of single ranks. {PER_RANK}."
+            )
     inputs = tuple(input_of(node, names) for node in nodes)
     for node in module.graph.nodes:
         node.meta["flat_name"] = node.name

@@ -27,6 +27,10 @@ def message(node: fx.Node, why: str) -> str:
     return f"{node.target} cannot be part of a single rank's program: {why}.{where}"
 
 
+PER_RANK = 'Build the model and trace it under LocalTensorMode(..., layout="per_rank")'
+"""What to do about stacked tensors in a graph that is to be taken apart into ranks."""
+
+
 class NodeMaker:
     """Adds nodes to a graph."""
 

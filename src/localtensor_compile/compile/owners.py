@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..collectives.ops import NAMESPACE
 from ..dispatch import random_nodes
-from .functional_nodes import LISTS, ExtractError, message
+from .functional_nodes import LISTS, PER_RANK, ExtractError, message
 from .fx_graphs import placeholders
 
 Owner = frozenset[int]
@@ -32,11 +32,17 @@ def owners(
     Returns:
         node -> the ranks on whose shards it depends; empty for what all ranks have. A node for
         several ranks is a collective, a draw, or an expression of sizes.
+
+    Raises:
+        ExtractError: the graph has ops on stacks of all ranks.
     """
     found: dict[fx.Node, Owner] = {}
     known = iter(inputs)
     holders = symbol_holders(module, inputs)
     for node in module.graph.nodes:
+        if is_for_all(node) and "stacked" in op_name(node):
+            why = f"it is one op on the stack of all ranks (layout='stacked'). {PER_RANK}"
+            raise ExtractError(message(node, why))
         if node.op == "placeholder":
             rank = next(known)
             found[node] = SHARED if rank is None else frozenset({rank})

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .leaves import ExportError, Leaf, take_apart, take_tree_apart
@@ -42,7 +43,8 @@ class FlatModel:
         call: Callable[[dict[str, Any], Any, Any], Any] | None = None,
     ) -> None:
         self.states: list[State] = states_of(model)
-        self.leaves, self.in_spec = take_tree_apart((args, dict(kwargs)))
+        leaves, self.in_spec = take_tree_apart((args, dict(kwargs)))
+        self.leaves = [_apart(leaf) for leaf in leaves]
         self._keywords = list(kwargs)
         self.out_leaves: list[Leaf] = []
         self.out_spec: Any = None
@@ -99,6 +101,16 @@ class FlatModel:
             )
         for rank, part in zip(state.leaf.ranks or (None,), leaf.parts):
             read(self.module, state.name_of(rank)).copy_(part)
+
+
+def _apart(leaf: Leaf) -> Leaf:
+    """Rows of one stack in memory of their own: Dynamo does not export parts of a larger tensor."""
+    memory = {p.untyped_storage()._cdata for p in leaf.parts if isinstance(p, Tensor)}
+    if len(leaf.parts) < 2 or len(memory) != 1:
+        return leaf
+    copies = tuple(part.detach().clone() for part in leaf.parts)
+    dense = all(new.stride() == part.stride() for new, part in zip(copies, leaf.parts))
+    return replace(leaf, parts=copies) if dense else leaf
 
 
 def _caller(model: nn.Module) -> Callable[[dict[str, Any], Any, Any], Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -141,6 +142,20 @@ def _exported(
     if not isinstance(args, tuple):
         raise ExportError(f"args is a {type(args).__name__}, but must be a tuple of the inputs.")
     kwargs = dict(kwargs or {})
+    mode = enabled_local_tensor_mode()
+    # The parts of inputs and parameters are those of single ranks: what the model makes is alike.
+    with mode.per_rank_layout() if mode else contextlib.nullcontext():
+        return _traced(model, args, kwargs, dynamic_shapes, strict, mode.ranks if mode else ())
+
+
+def _traced(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any,
+    strict: bool,
+    default_ranks: Iterable[int],
+) -> tuple[FlatModel, tuple[int, ...], Any]:
     from torch._dynamo.exc import InternalTorchDynamoError
 
     if strict:
@@ -148,9 +163,8 @@ def _exported(
     with maybe_disable_local_tensor_mode():
         flat = FlatModel(model, args, kwargs)
         shapes = of_all_ranks(model, args, kwargs, dynamic_shapes)
-    mode = enabled_local_tensor_mode()
     of = [*flat.leaves, *(state.leaf for state in flat.states)]
-    ranks = common_ranks(of, "the model and its inputs", mode.ranks if mode else ())
+    ranks = common_ranks(of, "the model and its inputs", default_ranks)
     try:
         program = export_flat(flat.module, *flat.of_all, shapes)
     except InternalTorchDynamoError as error:

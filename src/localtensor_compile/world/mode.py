@@ -161,6 +161,19 @@ class LocalTensorMode:
         """Context manager: run code outside the simulation, e.g. on single shards."""
         return Disabled(self)
 
+    @contextlib.contextmanager
+    def per_rank_layout(self) -> Iterator[None]:
+        """Context manager: tensors made inside hold a tensor per rank, whatever the layout is.
+
+        For graphs that are taken apart into ranks.
+        """
+        was = self.stacked
+        self.stacked = self._function_mode.stacked = False
+        try:
+            yield
+        finally:
+            self.stacked = self._function_mode.stacked = was
+
     # ---- per-rank code
     def rank_map(self, cb: Callable[[int], Tensor]) -> LocalTensor:
         """The LocalTensor whose shard of rank r is `cb(r)`, run with the simulation disabled."""
