@@ -393,7 +393,7 @@ def test_functions_that_want_one_number(world, x):
     message = "one Python int is needed, but the ranks have different values: rank 0: 0, rank 1: 1"
     for call in (
         lambda: x.sum(RANK_NUMBER),
-        lambda: torch.where(x > 1, RANK_NUMBER, x),
+        lambda: x.nan_to_num(RANK_NUMBER),
         lambda: x.unbind(RANK_NUMBER),
         lambda: PLAIN.sum(RANK_NUMBER),
         lambda: range(RANK_NUMBER),
