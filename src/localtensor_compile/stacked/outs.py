@@ -48,6 +48,8 @@ def per_rank_into_out(
     for name, out in stacked.items():
         put(plan.name, made[name], out)
     given = {id(made[n]): out for n, out in stacked.items()}
+    if result is None:  # as of FSDP's chunk_cat
+        return None
     if isinstance(result, Tensor):
         return given.get(id(result), result)
     return type(result)(given.get(id(r), r) for r in result)
