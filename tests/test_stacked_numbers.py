@@ -133,6 +133,22 @@ def test_choice_and_fill(name, backend, layout):
             torch.testing.assert_close(found._local_tensors[r], want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_choice_of_a_traced_size(dynamic):
+    """Sizes that differ per rank, also as symbols."""
+    torch.compiler.reset()
+
+    def fn(x):
+        return torch.where(x > 1, x.shape[0], x)
+
+    compiled = torch.compile(fn, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    with lt.LocalTensorMode(W):
+        for more in (2, 4):
+            x = lt.rank_map(lambda r, n=more: torch.arange(float(r + n)))
+            for r, found in compiled(x)._local_tensors.items():
+                assert torch.equal(found, fn(torch.arange(float(r + more))))
+
+
 def test_fill_of_a_size_per_rank():
     with lt.LocalTensorMode(W, layout="stacked"):
         rank = dist.get_rank()
