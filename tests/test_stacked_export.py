@@ -151,7 +151,9 @@ def closing_over_a_stack():
 
 
 @pytest.mark.parametrize(
-    ("build", "name"), [(lambda: own_mode, "x"), (closing_over_a_stack, "weight")], ids=str
+    ("build", "name"),
+    [(lambda: own_mode, "x"), (closing_over_a_stack, "weight")],
+    ids=["argument", "closure"],
 )
 def test_capture_of_stacks_is_refused(build, name):
     """The stack of all ranks is no rank's tensor."""
