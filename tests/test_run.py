@@ -250,6 +250,11 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_T
 COMMAND = [sys.executable, "-m", "localtensor_compile", "run", "--nproc-per-node", "2"]
 
 
+def heeds_interrupts():
+    """Also where the tests run in the background of a shell, which has SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupt_and_breakpoint(script):
     """At a breakpoint of one rank the others stand still and can be looked at; then Ctrl-C."""
     path = script("""
@@ -274,6 +279,7 @@ def test_interrupt_and_breakpoint(script):
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
+        preexec_fn=heeds_interrupts,
     )
     try:
         process.stdin.write("p 'other', lt.at(0)['x'].tolist(), lt.at(0).up().line.number\n")
@@ -285,7 +291,7 @@ def test_interrupt_and_breakpoint(script):
             assert seen[-1], process.stderr.read()
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=30)
     finally:
         process.kill()
     text = "".join(seen)
